@@ -1,0 +1,1 @@
+"""Calibration: block in, block out."""

@@ -1,0 +1,172 @@
+"""The matrices inside a block, batched: what rounding passes iterate over.
+
+A weight is one source tensor; rounding works on matrices [N, K] that share a Hessian. Two maps lie
+between them:
+
+    weights with one input (q, k, v; gate, up)   → their rows joined into one matrix
+    experts (and other matrices) of equal size   → stacked into a batch [B, N, K]
+
+so one factorisation serves all rows of an input, and one sweep over the columns serves all experts.
+Batches are cut at `max_bytes` of fp32 weights.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..quant.block import Block, Weight
+from ..quant.format import Format, Parts, find_format
+from ..quant.packed import PackedTensor, Term
+from .protocol import Moments, Stats
+
+MAX_BATCH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a matrix that come from `weight` (from its `expert`, if it has any)."""
+
+    weight: Weight
+    expert: int | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows that share an input, with that input's moments (None when data-free)."""
+
+    pieces: tuple[Piece, ...]
+    n: int
+    k: int
+    moments: Moments | None
+
+
+@dataclass(frozen=True)
+class MatrixBatch:
+    """Matrices of equal [N, K] and equal format; tensors are built on demand."""
+
+    matrices: tuple[Matrix, ...]
+    format: Format
+    options: Any
+
+    def values(self) -> torch.Tensor:
+        """fp32 [B, N, padded K], padding columns zero."""
+        stacked = torch.stack([_join(matrix, _piece_value) for matrix in self.matrices]).float()
+        return _pad(stacked, self.padded_k)
+
+    def hessians(self) -> torch.Tensor:
+        """fp32 [B, padded K, padded K]; padding rows and columns zero."""
+        stacked = torch.stack(
+            [matrix.moments.hessian for matrix in self.matrices if matrix.moments]
+        )
+        return _pad(_pad(stacked, self.padded_k).mT, self.padded_k).mT
+
+    def clips(self) -> torch.Tensor | None:
+        """Range factors [B, N, groups] left by a search pass, None if there are none."""
+        if self.matrices[0].pieces[0].weight.clip is None:
+            return None
+        return torch.stack([_join(matrix, _piece_clip) for matrix in self.matrices])
+
+    @property
+    def padded_k(self) -> int:
+        """K after the format's padding."""
+        return self.format.padded_k(self.matrices[0].k, self.options)
+
+
+def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    missing = size - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _join(matrix: Matrix, part: Any) -> torch.Tensor:
+    return torch.cat([part(piece) for piece in matrix.pieces])
+
+
+def _piece_value(piece: Piece) -> torch.Tensor:
+    value = piece.weight.value
+    return value if piece.expert is None else value[piece.expert]
+
+
+def _piece_clip(piece: Piece) -> torch.Tensor:
+    clip = piece.weight.clip
+    if clip is None:
+        raise RuntimeError(f"{piece.weight.name}: no clip, but its neighbours have one")
+    return clip if piece.expert is None else clip[piece.expert]
+
+
+def expert_key(input_key: str, expert: int) -> str:
+    """Name of the statistics of one expert of a fused weight."""
+    return f"{input_key}[{expert}]"
+
+
+def matrices(block: Block, stats: Stats) -> Iterator[Matrix]:
+    """Every matrix of the block, rows that share an input and a format joined."""
+    groups: dict[tuple[str, str, Any], list[tuple[Weight, int | None]]] = {}
+    for weight in block.weights:
+        experts = range(weight.value.shape[0]) if weight.value.dim() == 3 else (None,)
+        for expert in experts:
+            key = weight.input_key or weight.name
+            if expert is not None:
+                key = expert_key(key, expert)
+            groups.setdefault((key, weight.format, weight.options), []).append((weight, expert))
+    for (key, _, _), members in groups.items():
+        yield _matrix(members, stats.get(key))
+
+
+def _matrix(members: list[tuple[Weight, int | None]], moments: Moments | None) -> Matrix:
+    pieces, row = [], 0
+    for weight, expert in members:
+        n = weight.value.shape[-2]
+        pieces.append(Piece(weight, expert, row, row + n))
+        row += n
+    return Matrix(tuple(pieces), row, members[0][0].value.shape[-1], moments)
+
+
+def batches(found: list[Matrix], max_bytes: int = MAX_BATCH_BYTES) -> Iterator[MatrixBatch]:
+    """Equal-sized matrices together, at most `max_bytes` of fp32 weights in a batch."""
+    families: dict[tuple[int, int, str, Any], list[Matrix]] = {}
+    for matrix in found:
+        weight = matrix.pieces[0].weight
+        families.setdefault((matrix.n, matrix.k, weight.format, weight.options), []).append(matrix)
+    for (n, k, name, options), family in families.items():
+        size = max(1, max_bytes // (4 * k * max(n, k)))
+        for start in range(0, len(family), size):
+            yield MatrixBatch(tuple(family[start : start + size]), find_format(name), options)
+
+
+@dataclass
+class Rounded:
+    """Codes and scales on their way back from matrices to weights."""
+
+    codes: dict[int, dict[int | None, torch.Tensor]] = field(default_factory=dict)
+    scales: dict[int, dict[int | None, Parts]] = field(default_factory=dict)
+
+    def put(
+        self, batch: MatrixBatch, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Take codes [B, N, padded K] and scales [B, N, ...] of a batch."""
+        for index, matrix in enumerate(batch.matrices):
+            for piece in matrix.pieces:
+                rows = slice(piece.start, piece.stop)
+                owner = id(piece.weight)
+                cut = {name: part[index, rows] for name, part in scales.items()}
+                self.codes.setdefault(owner, {})[piece.expert] = codes[index, rows]
+                self.scales.setdefault(owner, {})[piece.expert] = cut
+
+    def pack(self, weight: Weight) -> PackedTensor:
+        """The weight's packed form; every expert must have been put."""
+        store = find_format(weight.format)
+        codes, scales = self.codes[id(weight)], self.scales[id(weight)]
+        if None in codes:
+            parts = store.pack(codes[None], scales[None], weight.options)
+        else:
+            order = range(weight.value.shape[0])
+            stacked = {
+                name: torch.stack([scales[expert][name] for expert in order]) for name in scales[0]
+            }
+            parts = store.pack(torch.stack([codes[e] for e in order]), stacked, weight.options)
+        term = Term(weight.format, weight.options, {n: p.contiguous() for n, p in parts.items()})
+        return PackedTensor(tuple(weight.value.shape), (term,), weight.transposed)

@@ -1,0 +1,1 @@
+"""Passes, one file each; discovery lists this folder."""

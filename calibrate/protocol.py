@@ -1,0 +1,81 @@
+"""What a pass is: block in, block out, with the statistics that it asked for.
+
+A module in `calibrate/passes/` exposes a frozen record as `PASS`. The pipeline discovers it, parses
+its options, asks which statistics it needs and whether it can run at all, and calls `run`.
+
+Kinds: `xform` preserves the block's function (then it is checked), `alloc` chooses formats, `round`
+puts weights on their grid (then the error is recorded), `tune` adjusts what a later pass rounds.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..quant.block import Block
+from ..quant.errors import RecipeError, nearest_name
+from ..quant.format import parse_options
+from ..quant.registry import discover
+
+Kind = Literal["xform", "alloc", "round", "tune"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one activation over the calibration tokens.
+
+    hessian: fp32 [K, K], XᵀX / tokens. tokens: rows of X that were seen.
+    """
+
+    hessian: torch.Tensor
+    tokens: int
+
+
+Stats = Mapping[str, Moments]  # by `Weight.input_key`
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass.
+
+    needs(options): names of the statistics that it reads ("moments"), empty for data-free ones.
+    refuse(architecture, options): a sentence why the architecture cannot take it, or None.
+    run(block, stats, options): the changed block. Rounding passes set `Weight.packed`.
+    """
+
+    name: str
+    kind: Kind
+    Options: type[Any]
+    needs: Callable[[Any], tuple[str, ...]]
+    refuse: Callable[[str, Any], str | None]
+    run: Callable[[Block, Stats, Any], Block]
+
+
+def passes() -> dict[str, Pass]:
+    """Every pass in `calibrate/passes/` and in the entry-point group `fewbit.passes`."""
+    return discover("fewbit.calibrate.passes", "PASS", "fewbit.passes")
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A pass with parsed options."""
+
+    step: Pass
+    options: Any
+
+
+def plan_passes(uses: list[tuple[str, Mapping[str, Any]]]) -> tuple[PlannedPass, ...]:
+    """Resolve names and options; without a rounding pass, `nearest` is appended."""
+    known = passes()
+    planned = []
+    for name, keys in uses:
+        if name not in known:
+            raise RecipeError(
+                f"unknown pass {name!r}{nearest_name(name, known)}; known: {', '.join(known)}"
+            )
+        step = known[name]
+        planned.append(PlannedPass(step, parse_options(f"pass {name}", step.Options, keys)))
+    if not any(item.step.kind == "round" for item in planned):
+        planned.append(PlannedPass(known["nearest"], known["nearest"].Options()))
+    return tuple(planned)

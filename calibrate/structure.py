@@ -1,0 +1,248 @@
+"""The structure of a block, found by running it once: what is used how, and what feeds it.
+
+Nothing is looked up by an architecture's name. A weight is a linear because it was seen in a matrix
+product; two weights share an input because they got the same tensor; a norm feeds a weight because
+its output has the values that the weight got; and the norm is of a kind because that kind's
+formula gives its output:
+
+    rms        x / sqrt(mean(x²) + eps) · w
+    rms1p      x / sqrt(mean(x²) + eps) · (1 + w)
+    layernorm  (x − mean(x)) / sqrt(var(x) + eps) · w + b
+
+Experts get a choice of tokens, so a norm feeds them if each of their rows is a row of its output.
+
+A name is looked at once: a weight whose output picks experts is a router, told by the class or
+attribute name of its module beside a module `experts`. Recipes leave routers alone.
+
+What a trace cannot show is not claimed: that a norm's output has no other reader, or that a starved
+expert would be used like the others.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .model import BlockInput, ModelGraph
+from .uses import Use, WatchWeights
+
+Role = Literal["linear", "experts", "router"]
+NormKind = Literal["rms", "rms1p", "layernorm"]
+
+_ROUTER_CLASSES = ("router", "topk", "gate")
+_ROUTER_ATTRIBUTES = ("gate", "router")
+_ROWS_OF_NORM = 64  # enough to tell one formula from another
+_ROWS_CHECKED = 16  # of an expert's input; equality of whole rows by chance is out of the question
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm whose output a weight multiplies.
+
+    name: graph module name. kind: None if no known formula gives its output.
+    """
+
+    name: str
+    kind: NormKind | None
+    bias: bool
+    eps: float
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """How one graph parameter is used.
+
+    transposed: the graph holds [.., K, N]. input_key: equal for weights that get the very same
+    activations (for experts: expert by expert). norm: what makes that activation, if a norm does.
+    """
+
+    parameter: str
+    role: Role
+    transposed: bool
+    input_key: str
+    norm: Norm | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Facts of one block.
+
+    linears: matrices, routers among them. experts: stacks [E, .., ..].
+    unseen: parameters with two or more axes that no watched product used.
+    """
+
+    linears: tuple[WeightUse, ...]
+    experts: tuple[WeightUse, ...]
+    unseen: tuple[str, ...]
+
+    def find(self, parameter: str) -> WeightUse | None:
+        """The use of `parameter`, or None if it was not seen."""
+        for use in (*self.linears, *self.experts):
+            if use.parameter == parameter:
+                return use
+        return None
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a weight, or one expert of a stack, was multiplied by."""
+
+    expert: int | None
+    x: torch.Tensor
+
+    def identity(self) -> tuple[int, ...]:
+        """Equal for the same values at the same address, [b, T, K] or [b·T, K]."""
+        expert = -1 if self.expert is None else self.expert
+        layout = self.x.numel(), self.x.shape[-1], int(self.x.is_contiguous())
+        return (expert, self.x.data_ptr(), self.x._version, *layout)
+
+
+@dataclass(frozen=True)
+class _NormTrace:
+    norm: Norm
+    output: torch.Tensor
+
+
+def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structure:
+    """Run materialized block `index` once on `inputs` and say how its weights are used."""
+    prefix = graph.block_names[index]
+    parameters = graph.block_parameters(index)
+    uses: dict[str, list[_Input]] = defaultdict(list)
+    transposed: dict[str, bool] = {}
+    norms: list[_NormTrace] = []
+
+    def on_use(use: Use, x: torch.Tensor) -> None:
+        uses[use.parameter].append(_Input(use.expert, x))
+        transposed[use.parameter] = use.transposed
+
+    hooks = _watch_norms(graph.block(index), prefix, norms)
+    try:
+        with WatchWeights(parameters, on_use):
+            graph.run(index, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    keys = _input_keys(uses)
+    found = [
+        WeightUse(
+            name,
+            _role(graph.block(index), name.removeprefix(f"{prefix}."), parameters[name].dim()),
+            transposed[name],
+            keys[name],
+            _feeding_norm(uses[name], norms),
+        )
+        for name in parameters
+        if name in uses
+    ]
+    return Structure(
+        linears=tuple(use for use in found if use.role != "experts"),
+        experts=tuple(use for use in found if use.role == "experts"),
+        unseen=tuple(n for n, item in parameters.items() if item.dim() >= 2 and n not in uses),
+    )
+
+
+def _input_keys(uses: dict[str, list[_Input]]) -> dict[str, str]:
+    """Parameter -> name of the first parameter that got the same tensors.
+
+    Every input is held by `uses`, so an address cannot have been given to another tensor; the
+    version tells whether it was written to in between.
+    """
+    first: dict[object, str] = {}
+    keys: dict[str, str] = {}
+    for name, inputs in uses.items():
+        identity = tuple(sorted(item.identity() for item in inputs))
+        keys[name] = first.setdefault(identity, name)
+    return keys
+
+
+def _role(block: nn.Module, name: str, n_axes: int) -> Role:
+    """Role of a used parameter by its relative `name`, `mlp.gate.weight`."""
+    if n_axes == 3:
+        return "experts"
+    owner_name = name.rpartition(".")[0]
+    parent_name, _, attribute = owner_name.rpartition(".")
+    if not hasattr(block.get_submodule(parent_name), "experts"):
+        return "linear"
+    class_name = type(block.get_submodule(owner_name)).__name__.lower()
+    by_class = any(part in class_name for part in _ROUTER_CLASSES)
+    by_attribute = any(
+        attribute == part or attribute.endswith(f"_{part}") for part in _ROUTER_ATTRIBUTES
+    )
+    return "router" if by_class or by_attribute else "linear"
+
+
+def _watch_norms(
+    block: nn.Module, prefix: str, traces: list[_NormTrace]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Record output and kind of every module that has a 1-D weight and keeps its input's shape."""
+    hooks = []
+
+    def watch(name: str) -> None:
+        def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
+            width = module.get_parameter("weight").shape[0]
+            if not isinstance(output, torch.Tensor) or output.shape != args[0].shape:
+                return
+            if output.shape[-1] != width:
+                return
+            kind = _norm_kind(module, args[0], output)
+            has_bias = getattr(module, "bias", None) is not None
+            traces.append(_NormTrace(Norm(name, kind, has_bias, _eps(module)), output))
+
+        hooks.append(module.register_forward_hook(after))
+
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            watch(f"{prefix}.{name}")
+    return hooks
+
+
+def _eps(module: nn.Module) -> float:
+    for attribute in ("eps", "variance_epsilon"):
+        if isinstance(getattr(module, attribute, None), float):
+            return float(getattr(module, attribute))
+    return 0.0
+
+
+def _norm_kind(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> NormKind | None:
+    """The kind whose formula gives `output` to 1e-5, or to what its dtype resolves."""
+    weight = module.get_parameter("weight").double()
+    has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)
+    shift = module.get_parameter("bias").double() if has_bias else torch.zeros_like(weight)
+    wide, output = (item.reshape(-1, weight.shape[0])[:_ROWS_OF_NORM] for item in (x, output))
+    wide = wide.double()
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _eps(module))
+    candidates: dict[NormKind, torch.Tensor] = {
+        "rms": unit * weight + shift,
+        "rms1p": unit * (1 + weight) + shift,
+        "layernorm": functional.layer_norm(wide, weight.shape, weight, None, _eps(module)) + shift,
+    }
+    scale = output.double().norm()
+    tolerance = max(1e-5, torch.finfo(output.dtype).eps)
+    for kind, value in candidates.items():
+        if bool((value - output.double()).norm() <= tolerance * scale):
+            return kind
+    return None
+
+
+def _feeding_norm(inputs: list[_Input], traces: list[_NormTrace]) -> Norm | None:
+    """The norm whose output has the values of every one of `inputs`."""
+    for trace in traces:
+        if all(_comes_from(item.x, trace.output) for item in inputs):
+            return trace.norm
+    return None
+
+
+def _comes_from(x: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether `x` is `output`, or a choice of its rows."""
+    if x.shape[-1] != output.shape[-1] or x.numel() == 0:
+        return False
+    rows = x.reshape(-1, x.shape[-1])
+    table = output.reshape(-1, output.shape[-1]).to(rows.dtype)  # a router may cast its input
+    if rows.shape == table.shape and torch.equal(rows, table):
+        return True
+    step = max(1, rows.shape[0] // _ROWS_CHECKED)
+    return all(bool((table == row).all(-1).any()) for row in rows[::step])

@@ -1,0 +1,1 @@
+"""Bytes in, bytes out: checkpoint readers and writers, metadata, reports."""

@@ -1,0 +1,239 @@
+"""The two descriptions inside a checkpoint: `quantization_config` and the manifest `fewbit.json`.
+
+`quantization_config` (in `config.json`) says how stored parts turn into weights. It has a default
+and, under `tensors`, only what differs from it, by source module name or `re:` pattern:
+
+    {"quant_method": "fewbit", "version": 1, "recipe": "w4a16",
+     "default": {"terms": [{"format": "int_group", "bits": 4, "group": 128, ...}]},
+     "tensors": {"model.layers.3.mlp.down_proj": {"columns": 700}}}
+
+    terms       formats and options, in order of summation
+    columns     K, where padding hides it (without it K is what the parts hold)
+    transposed  the graph wants [.., K, N]
+
+*Which* modules are quantized is not listed: those whose parts are in the files. More than 1,000
+exceptions move to the manifest.
+
+The manifest holds what must be checked and what must be known later: sizes and header checksums of
+files, the CRC32C of every stored tensor, shapes, recipe text, source, calibration, seed, versions.
+Its last key is the CRC32C of all bytes before it, so that any flipped byte is seen.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from ..quant.errors import CheckpointError, FewbitError
+from ..quant.format import find_format, parse_options
+
+VERSION = 1
+MANIFEST = "fewbit.json"
+MAX_INLINE_EXCEPTIONS = 1000
+_CHECKSUM_KEY = b',\n"crc32c": "'
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """How one quantized module is stored: terms as (format name, options); K if padding hides it."""
+
+    terms: tuple[tuple[str, Any], ...]
+    columns: int | None = None
+    transposed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; keys at their default are left out."""
+        entry: dict[str, Any] = {
+            "terms": [{"format": name, **asdict(options)} for name, options in self.terms]
+        }
+        if self.columns is not None:
+            entry["columns"] = self.columns
+        if self.transposed:
+            entry["transposed"] = True
+        return entry
+
+
+def build_quantization_config(recipe: str, modules: Mapping[str, ModuleSpec]) -> dict[str, Any]:
+    """The smallest config that resolves to `modules` (source module name -> spec)."""
+    entries = {name: spec.to_json() for name, spec in modules.items()}
+    default = _most_common(entry["terms"] for entry in entries.values())
+    exceptions = {}
+    for name, entry in entries.items():
+        if entry["terms"] == default:
+            entry = {key: value for key, value in entry.items() if key != "terms"}
+        if entry:
+            exceptions[name] = entry
+    return {
+        "quant_method": "fewbit",
+        "version": VERSION,
+        "recipe": recipe,
+        "default": {"terms": default},
+        "tensors": _fold_layers(exceptions, list(entries)),
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    counts: dict[str, int] = {}
+    for value in values:
+        text = json.dumps(value, sort_keys=True)
+        counts[text] = counts.get(text, 0) + 1
+    return json.loads(max(counts, key=lambda text: counts[text])) if counts else []
+
+
+def _fold_layers(exceptions: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Join exceptions that differ only in numbers, where the pattern covers nothing else."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(_pattern(name), []).append(name)
+    folded: dict[str, Any] = {}
+    for pattern, members in families.items():
+        found = [exceptions.get(name) for name in members]
+        if len(members) > 1 and found[0] is not None and all(e == found[0] for e in found):
+            folded[pattern] = found[0]
+        else:
+            folded.update({name: exceptions[name] for name in members if name in exceptions})
+    return folded
+
+
+def _pattern(name: str) -> str:
+    return "re:" + re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name))
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """A parsed and validated `quantization_config`."""
+
+    recipe: str
+    default: ModuleSpec
+    exact: Mapping[str, ModuleSpec]
+    patterns: tuple[tuple[re.Pattern[str], ModuleSpec], ...]
+
+    def spec_for(self, module: str) -> ModuleSpec:
+        """The spec of a quantized source module."""
+        if module in self.exact:
+            return self.exact[module]
+        for pattern, spec in self.patterns:
+            if pattern.fullmatch(module):
+                return spec
+        return self.default
+
+
+_CONFIG_KEYS = {"quant_method", "version", "recipe", "default", "tensors"}
+
+
+def parse_quantization_config(
+    config: Any, where: str, more: Mapping[str, Any] | None = None
+) -> QuantizationConfig:
+    """Validate a config; `more` holds exceptions that moved to the manifest."""
+    if not isinstance(config, dict) or config.get("quant_method") != "fewbit":
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        raise CheckpointError(f"{where}: quant_method must be 'fewbit', got {method!r}")
+    version = config.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{where}: version must be a whole number ≥ 1, got {version!r}")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{where}: written by format version {version}, this fewbit reads up to {VERSION}; "
+            f"upgrade with: pip install -U fewbit"
+        )
+    unknown = sorted(config.keys() - _CONFIG_KEYS)
+    if unknown:
+        raise CheckpointError(
+            f"{where}: unknown keys {unknown} in quantization_config; a newer fewbit may know them"
+        )
+    default = _module_spec(where, "default", config.get("default"), ())
+    exact: dict[str, ModuleSpec] = {}
+    patterns = []
+    for name, entry in {**_tensors(where, config.get("tensors", {})), **(more or {})}.items():
+        spec = _module_spec(where, name, entry, default.terms)
+        if name.startswith("re:"):
+            patterns.append((_compiled(where, name[3:]), spec))
+        else:
+            exact[name] = spec
+    return QuantizationConfig(str(config.get("recipe")), default, exact, tuple(patterns))
+
+
+def _tensors(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: tensors must be an object, got {value!r:.80}")
+    return value
+
+
+def _compiled(where: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        raise CheckpointError(f"{where}: bad pattern {pattern!r}: {error}") from error
+
+
+def _module_spec(
+    where: str, name: str, entry: Any, default: tuple[tuple[str, Any], ...]
+) -> ModuleSpec:
+    if not isinstance(entry, dict) or not entry.keys() <= {"terms", "columns", "transposed"}:
+        raise CheckpointError(
+            f"{where}: {name}: expected an object with terms, columns, transposed; "
+            f"got {entry!r:.120}"
+        )
+    columns, transposed = entry.get("columns"), entry.get("transposed", False)
+    whole = isinstance(columns, int) and not isinstance(columns, bool) and columns > 0
+    if not isinstance(transposed, bool) or not (columns is None or whole):
+        raise CheckpointError(f"{where}: {name}: bad columns {columns!r} or {transposed!r}")
+    if "terms" not in entry:
+        return ModuleSpec(default, columns, transposed)
+    return ModuleSpec(_terms(where, name, entry["terms"]), columns, transposed)
+
+
+def _terms(where: str, name: str, terms: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(terms, list) or not all(isinstance(term, dict) for term in terms):
+        raise CheckpointError(f"{where}: {name}: terms must be a list, got {terms!r:.80}")
+    parsed = []
+    for term in terms:
+        keys = {key: value for key, value in term.items() if key != "format"}
+        try:
+            found = find_format(term.get("format"))
+            parsed.append((found.name, parse_options(found.name, found.Options, keys)))
+        except (FewbitError, TypeError) as error:
+            raise CheckpointError(f"{where}: {name}: {error}") from error
+    return tuple(parsed)
+
+
+def config_sha256(config: Mapping[str, Any]) -> str:
+    """Hash of a `quantization_config`, independent of key order and white space."""
+    text = json.dumps(config, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """Serialize; the last key is the checksum of everything before it."""
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    body = text[: text.rindex("\n}")].encode()
+    return body + _CHECKSUM_KEY + f"{google_crc32c.value(body):08x}".encode() + b'"\n}\n'
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The checked manifest of a checkpoint, None if it has none; CheckpointError if damaged."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read ({error.strerror})") from error
+    body, key, tail = data.rpartition(_CHECKSUM_KEY)
+    if not key or tail != f"{google_crc32c.value(body):08x}".encode() + b'"\n}\n':
+        raise CheckpointError(
+            f"{path}: the manifest is damaged (checksum differs); fetch or quantize again"
+        )
+    manifest = json.loads(data)
+    version = manifest.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"{path}: written by format version {version}, this fewbit reads up to {VERSION}; "
+            f"upgrade with: pip install -U fewbit"
+        )
+    return manifest  # type: ignore[no-any-return]

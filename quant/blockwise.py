@@ -1,0 +1,286 @@
+"""Units of a calibrated run: decoder blocks, each rounded on the output of the quantized ones.
+
+For block i, with the hidden states that blocks 0 … i−1 (already quantized) made of the calibration
+windows:
+
+    materialize → structure → for each stage: statistics → passes → put Ŵ into the graph → hidden
+
+What goes into the graph is unpacked from what is stored, so the next block sees what a loaded model
+will compute. A block that an earlier run finished is read back from the output and run once.
+
+Hidden states live in one buffer, overwritten block by block; beyond `RESIDENT_BYTES` it is a
+memory-mapped file in the output folder.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.collect import MomentSums, Operand, Stage, operands, stages
+from ..calibrate.matrices import expert_key
+from ..calibrate.model import BlockInput, ModelGraph
+from ..calibrate.protocol import Stats
+from ..calibrate.structure import find_structure
+from ..export.writer import CheckpointWriter, Chunked
+from .block import Block, Weight
+from .errors import CalibrationError
+from .format import dequantize, find_format
+from .layout import PlannedTensor, split_by_bytes
+from .packed import PackedTensor, Term
+from .preflight import RESIDENT_BYTES
+from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, squared_error
+
+BATCH_TOKENS = 4096
+SPILL_FILE = "fewbit.hidden"
+
+
+class BlockwiseUnits(UnitSource):
+    """First what lies outside the blocks, then the blocks, then what is only carried through."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        dtype = torch.float32 if job.device.type == "cpu" else job.checkpoint.dtype
+        self._graph = ModelGraph(job.checkpoint.config, job.checkpoint, dtype, job.device)
+        self._inputs: list[BlockInput] | None = None
+        blocks = [list(self._graph.block_sources(i)) for i in range(len(self._graph.block_names))]
+        outer = list(self._graph.outer_sources())
+        self._refuse_outer(outer)
+        self.members = [(f"outside the blocks {i + 1}", keys) for i, keys in
+                        enumerate(split_by_bytes(outer, job.checkpoint.tensors))]  # fmt: skip
+        self._first = len(self.members)
+        self.members += list(zip(self._graph.block_names, blocks, strict=True))
+        carried = list(self._graph.carried_sources())
+        self.members += [(f"carried {i + 1}", keys) for i, keys in
+                         enumerate(split_by_bytes(carried, job.checkpoint.tensors))]  # fmt: skip
+
+    def _refuse_outer(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if self._job.plan[key].rule is not None:
+                raise CalibrationError(
+                    f"{key} lies outside the decoder blocks and has no calibration statistics; add "
+                    f"it to weights.ignore, or use a recipe without calibration"
+                )
+
+    def _block_index(self, index: int) -> int | None:
+        block = index - self._first
+        return block if 0 <= block < len(self._graph.block_names) else None
+
+    # -- hidden states --------------------------------------------------------------------------
+
+    def _hidden(self) -> list[BlockInput]:
+        """Inputs of the next block, made at first use."""
+        if self._inputs is None:
+            data = self._job.calibration
+            if data is None:
+                raise CalibrationError("a calibrated run needs calibration windows, got none")
+            batch = max(1, BATCH_TOKENS // data.windows.shape[1])
+            self._inputs = self._graph.start(data.windows, batch)
+            _keep(self._inputs, self._job.out / SPILL_FILE)
+        return self._inputs
+
+    def _advance(self, block: int) -> None:
+        for item in self._hidden():
+            item.hidden.copy_(self._graph.run(block, item))
+        self._graph.release(block)
+
+    # -- UnitSource -----------------------------------------------------------------------------
+
+    def skip(self, index: int, writer: CheckpointWriter) -> None:
+        """Put the stored weights of a finished block into the graph and run it."""
+        block = self._block_index(index)
+        if block is None:
+            return
+        self._graph.materialize(block)
+        for key in self.members[index][1]:
+            tensor = self._job.plan[key]
+            if tensor.rule is not None:
+                packed = stored_tensor(tensor, writer, index)
+                self._graph.set_weight(key, dequantize(packed), tensor.transposed)
+        self._advance(block)
+
+    def tensors(self, index: int, rows: list[Any]) -> Iterator[Chunked]:
+        """See UnitSource."""
+        name, keys = self.members[index]
+        block = self._block_index(index)
+        done = {} if block is None else self._round_block(block, name, keys, rows)
+        for key in keys:
+            if key not in done:
+                yield from plain_tensor(self._job, self._job.plan[key], name, rows)
+                continue
+            for part, value in done[key].named_parts():
+                yield f"{self._job.plan[key].module}.{part}", [value]
+        if block is not None:
+            self._advance(block)
+
+    # -- rounding one block ---------------------------------------------------------------------
+
+    def _round_block(
+        self, block: int, name: str, keys: Sequence[str], rows: list[Any]
+    ) -> dict[str, PackedTensor]:
+        graph, inputs = self._graph, self._hidden()
+        graph.materialize(block)
+        parameters = graph.block_parameters(block)
+        found = operands(find_structure(graph, block, inputs[0]), parameters)
+        planned = self._by_operand(keys, found)
+        used = [operand for operand in found if operand.parameter in planned]
+        fused = frozenset(p for p, members in planned.items() if self._stored_fused(members))
+        steps = list(stages(used, fused))
+        done: dict[str, PackedTensor] = {}
+        for number, stage in enumerate(steps):
+            stats = self._statistics(block, stage, steps[number + 1 :])
+            members = [
+                key
+                for operand in stage.operands
+                for key in planned[operand.parameter]
+                if self._in_stage(key, stage)
+            ]
+            self._round_stage(name, stage, members, stats, rows, done)
+        return done
+
+    def _by_operand(self, keys: Sequence[str], found: Sequence[Operand]) -> dict[str, list[str]]:
+        """Graph parameter -> source tensors to be quantized; every one must be an operand."""
+        known = {operand.parameter: operand for operand in found}
+        planned: dict[str, list[str]] = {}
+        for key in keys:
+            tensor = self._job.plan[key]
+            if tensor.rule is None:
+                continue
+            slot = self._graph.names.slot(key)
+            operand = known.get(slot.parameter) if slot else None
+            if slot is None or operand is None or not slot.quantizable:
+                raise CalibrationError(
+                    f"{key}: running its block showed no product of activations with this weight, "
+                    f"so it cannot be calibrated; add {tensor.module!r} to weights.ignore"
+                )
+            if operand.transposed != tensor.transposed:
+                raise CalibrationError(
+                    f"{key}: the graph holds it {'K first' if operand.transposed else 'N first'}, "
+                    f"the plan assumed otherwise; use a recipe without calibration"
+                )
+            planned.setdefault(slot.parameter, []).append(key)
+        return planned
+
+    def _stored_fused(self, members: Sequence[str]) -> bool:
+        return any(len(self._job.plan[key].shape) == 3 for key in members)
+
+    def _in_stage(self, key: str, stage: Stage) -> bool:
+        slot = self._graph.names.slot(key)
+        if slot is None or slot.expert is None or stage.experts is None:
+            return True
+        return slot.expert in stage.experts
+
+    def _statistics(self, block: int, stage: Stage, rest: Sequence[Stage]) -> Stats:
+        needed = {n for item in self._job.passes for n in item.step.needs(item.options)}
+        if "moments" not in needed:
+            return {}
+        sums = MomentSums(stage, stage.later(rest))
+        parameters = self._graph.block_parameters(block)
+        for item in self._hidden():
+            sums.watch(parameters, lambda item=item: self._graph.run(block, item))
+        return sums.moments()
+
+    def _round_stage(
+        self,
+        name: str,
+        stage: Stage,
+        keys: Sequence[str],
+        stats: Stats,
+        rows: list[Any],
+        done: dict[str, PackedTensor],
+    ) -> None:
+        started = time.monotonic()
+        weights = {key: self._weight(key, stage) for key in keys}
+        work = Block(name, list(weights.values()))
+        for item in self._job.passes:
+            work = item.step.run(work, stats, item.options)
+        seconds = (time.monotonic() - started) / max(len(keys), 1)
+        for key, weight in weights.items():
+            tensor, packed = self._job.plan[key], packed_of(weight)
+            rounded = dequantize(packed)
+            self._graph.set_weight(key, rounded, tensor.transposed)
+            output_error = _output_error(weight, rounded, stats)
+            error, energy = squared_error(weight.value, packed)
+            row = report_row(tensor, name, [packed], error, energy, output_error, weight.fallbacks)
+            row.update(seconds=seconds, tokens=_tokens(weight, stats))
+            rows.append(row)
+            done[key] = _on_cpu(packed)
+
+    def _weight(self, key: str, stage: Stage) -> Weight:
+        tensor = self._job.plan[key]
+        value = self._job.checkpoint.read(key).to(self._job.device)
+        weight = make_weight(tensor, value.mT if tensor.transposed else value)
+        slot = self._graph.names.slot(key)
+        if slot is None:
+            raise CalibrationError(f"{key} has no place in the model")
+        operand = next(item for item in stage.operands if item.parameter == slot.parameter)
+        weight.input_key = operand.input_key
+        if slot.expert is not None:
+            weight.input_key = expert_key(operand.input_key, slot.expert)
+        return weight
+
+
+def _keep(inputs: list[BlockInput], spill: Path) -> None:
+    """Move the hidden states into one buffer: memory, or a mapped file beyond the bound."""
+    total = sum(item.hidden.numel() for item in inputs)
+    first = inputs[0].hidden
+    if total * first.element_size() <= RESIDENT_BYTES:
+        return
+    buffer = torch.from_file(str(spill), shared=True, size=total, dtype=first.dtype)
+    spill.unlink()  # the mapping keeps it alive; a kill leaves nothing behind
+    start = 0
+    for item in inputs:
+        view = buffer[start : start + item.hidden.numel()].view(item.hidden.shape)
+        item.hidden = view.copy_(item.hidden)
+        start += view.numel()
+
+
+def _output_error(weight: Weight, rounded: torch.Tensor, stats: Stats) -> float | None:
+    """sqrt(tr(D H Dᵀ) / tr(W H Wᵀ)): relative error of the product on calibration inputs."""
+    value = weight.value.float()
+    if value.dim() == 2:
+        pairs = [(value, rounded, stats.get(weight.input_key))]
+    else:
+        pairs = [
+            (value[e], rounded[e], stats.get(expert_key(weight.input_key, e)))
+            for e in range(value.shape[0])
+        ]
+    error = energy = 0.0
+    for dense, approximate, moments in pairs:
+        if moments is None:
+            continue
+        delta = dense - approximate
+        error += moments.tokens * float(((delta @ moments.hessian) * delta).sum())
+        energy += moments.tokens * float(((dense @ moments.hessian) * dense).sum())
+    return max(error / energy, 0.0) ** 0.5 if energy > 0 else None
+
+
+def _tokens(weight: Weight, stats: Stats) -> list[int] | int:
+    """Calibration tokens that the weight (or each of its experts) saw."""
+    if weight.value.dim() == 2:
+        moments = stats.get(weight.input_key)
+        return moments.tokens if moments else 0
+    found = [stats.get(expert_key(weight.input_key, e)) for e in range(weight.value.shape[0])]
+    return [moments.tokens if moments else 0 for moments in found]
+
+
+def _on_cpu(packed: PackedTensor) -> PackedTensor:
+    terms = tuple(
+        Term(t.format, t.options, {name: part.cpu() for name, part in t.parts.items()})
+        for t in packed.terms
+    )
+    return PackedTensor(packed.shape, terms, packed.transposed)
+
+
+def stored_tensor(tensor: PlannedTensor, writer: CheckpointWriter, unit: int) -> PackedTensor:
+    """A finished unit's weight, read back from the (perhaps unfinished) shard that holds it."""
+    if tensor.rule is None:
+        raise CalibrationError(f"{tensor.key} is not quantized")
+    parts = {}
+    for name in tensor.specs():
+        parts[name.removeprefix(f"{tensor.module}.")] = writer.read_back(unit, name)
+    find_format(tensor.rule.format).check(parts, tensor.shape, tensor.rule.options)
+    term = Term(tensor.rule.format, tensor.rule.options, parts)
+    return PackedTensor(tensor.shape, (term,), tensor.transposed)

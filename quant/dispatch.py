@@ -1,0 +1,226 @@
+"""Choosing a kernel for each (weight, bucket of M, dtype, device), and running it.
+
+Every known kernel answers a `Problem` with its violated conditions. Among those without any, the
+smallest estimated time wins, then the higher priority, then the name, so that two processes with
+the same inputs agree. `FEWBIT_KERNEL=name` forces one kernel; forcing one that refuses is an error,
+and so is a name that does not exist.
+
+A `Runner` belongs to one weight and remembers its choices: the environment is read, kernels are
+asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
+dictionary lookup. One layout serves all buckets of a kernel.
+
+Deliberately not here: measured tables. Ranking is by estimate only.
+"""
+
+import os
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from . import cpu, reference
+from .errors import NoKernelError, nearest_name
+from .kernel import Kernel, Problem, Reason
+from .packed import PackedTensor
+from .registry import discover
+
+# Rows of x rounded up to one of these; above the last, the last.
+M_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+_FORCE = "FEWBIT_KERNEL"
+
+
+@cache
+def kernels() -> Mapping[str, Kernel]:
+    """Every kernel by name: torch's CPU operators, the reference, the kernel packages, and the
+    entry-point group `fewbit.kernels`."""
+    found: dict[str, Kernel] = {kernel.name: kernel for kernel in (*cpu.KERNELS, reference.KERNEL)}
+    folders = (("fewbit.kernels_triton", ""), ("fewbit.kernels_cuda", "fewbit.kernels"))
+    for package, group in folders:
+        for name, kernel in discover(package, "KERNEL", group).items():
+            if name in found:
+                raise RuntimeError(f"{package} defines kernel {name!r} again; names are unique")
+            found[name] = kernel
+    return found
+
+
+def m_bucket(m: int) -> int:
+    """Smallest bucket that holds `m` rows, or the largest bucket."""
+    return M_BUCKETS[min(bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
+
+
+def problem_of(packed: PackedTensor, m: int, dtype: torch.dtype, device: str) -> Problem:
+    """The problem that m rows of `dtype` pose to a weight [N, K]."""
+    first = packed.terms[0]
+    n, k = packed.shape[-2:]
+    return Problem(
+        format=first.format,
+        options=first.options,
+        n_terms=len(packed.terms),
+        m_bucket=m_bucket(m),
+        n=n,
+        k=k,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why `chosen` runs `problem`: what else would fit, with estimated seconds, best first, and
+    what does not, with all its reasons. forced: the choice came from the environment."""
+
+    problem: Problem
+    chosen: str
+    eligible: tuple[tuple[str, float], ...]
+    refused: Mapping[str, tuple[Reason, ...]]
+    forced: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: problem, chosen, forced, eligible, refused."""
+        return {
+            "problem": str(self.problem),
+            "chosen": self.chosen,
+            "forced": self.forced,
+            "eligible": [{"kernel": name, "seconds": seconds} for name, seconds in self.eligible],
+            "refused": {
+                name: [asdict(reason) for reason in reasons]
+                for name, reasons in self.refused.items()
+            },
+        }
+
+    def text(self) -> str:
+        """One line for each kernel, under a line for the problem."""
+        lines = [str(self.problem)]
+        for name, seconds in self.eligible:
+            mark = "CHOSEN" if name == self.chosen else "ok    "
+            forced = f" (forced by {_FORCE})" if self.forced and name == self.chosen else ""
+            lines.append(f" {mark} {name} {seconds * 1e6:.1f} us estimated{forced}")
+        return "\n".join(lines + _refusal_lines(self.refused))
+
+
+def _refusal_lines(refused: Mapping[str, tuple[Reason, ...]]) -> list[str]:
+    return [
+        f" no     {name}: {reason.code} {reason.text} ({reason.fix})"
+        for name, reasons in refused.items()
+        for reason in reasons
+    ]
+
+
+def explain(
+    problem: Problem, *, forced: str | None = None, prepared: frozenset[str] = frozenset()
+) -> Explanation:
+    """Ask every kernel about `problem` and choose.
+
+    forced: name of the only kernel allowed. prepared: kernels whose layout of this weight already
+    exists, which therefore need no further memory.
+    NoKernelError if `forced` is unknown or refuses.
+    """
+    known = kernels()
+    eligible: list[Kernel] = []
+    refused: dict[str, tuple[Reason, ...]] = {}
+    for kernel in known.values():
+        reasons = kernel.refuse(problem)
+        if kernel.name in prepared:
+            reasons = tuple(reason for reason in reasons if reason.code != "MEMORY")
+        if reasons:
+            refused[kernel.name] = reasons
+        else:
+            eligible.append(kernel)
+    if problem.device == "cpu":
+        refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
+    ranked = sorted(
+        (kernel.seconds(problem), -kernel.priority, kernel.name) for kernel in eligible
+    )
+    order = tuple((name, seconds) for seconds, _, name in ranked)
+    chosen = order[0][0]  # `reference` never refuses
+    if forced is not None:
+        chosen = _forced_choice(forced, problem, [name for name, _ in order], refused)
+    return Explanation(problem, chosen, order, refused, forced is not None)
+
+
+def _forced_choice(
+    name: str, problem: Problem, eligible: list[str], refused: Mapping[str, tuple[Reason, ...]]
+) -> str:
+    if name in eligible:
+        return name
+    if name in refused:
+        reasons = "\n".join(_refusal_lines({name: refused[name]}))
+        raise NoKernelError(
+            f"{_FORCE}={name} cannot run {problem}:\n{reasons}\n"
+            f"unset {_FORCE}, or use one of: {', '.join(eligible)}"
+        )
+    raise NoKernelError(
+        f"{_FORCE}={name!r} names no kernel{nearest_name(name, (*eligible, *refused))}; "
+        f"known: {', '.join(sorted(kernels()))}"
+    )
+
+
+def forced_kernel() -> str | None:
+    """The kernel named by the environment, or None; the one place that reads it."""
+    return os.environ.get(_FORCE) or None
+
+
+@cache
+def _warn_fallback(weight_format: str, device: str) -> None:
+    """One warning for each (format, device) in a process: nothing faster than `reference` fits."""
+    warnings.warn(
+        f"no kernel runs {weight_format} weights on {device}: each call decodes the whole weight "
+        f"(kernel 'reference'); `fewbit kernels` lists why the others refuse",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_Plan = tuple[Callable[[torch.Tensor, Any], torch.Tensor], Any]
+
+
+class Runner:
+    """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text."""
+
+    def __init__(self, packed: PackedTensor) -> None:
+        if len(packed.shape) != 2:
+            raise NoKernelError(
+                f"a product needs a weight [N, K], got {list(packed.shape)}; "
+                f"take one expert of a stack first"
+            )
+        self.packed = packed
+        self.n, self.k = packed.shape
+        self._layouts: dict[tuple[str, torch.dtype], Any] = {}
+        self._plans: dict[tuple[int, torch.dtype, torch.device], _Plan] = {}
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> y [..., N] in the dtype of x; differentiable in x (by `reference`)."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return reference.linear(x, self.packed)
+        rows = x.reshape(-1, self.k)
+        m = rows.shape[0]
+        if m == 0:
+            return x.new_empty(*x.shape[:-1], self.n)
+        bucket = M_BUCKETS[min(bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
+        key = (bucket, x.dtype, x.device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(m, x)
+        launch, layout = plan
+        return launch(rows, layout).view(*x.shape[:-1], self.n)
+
+    def explain(self, m: int, dtype: torch.dtype, device: str) -> Explanation:
+        """What would run for m rows, and why; the environment's choice included."""
+        ready = frozenset(name for name, prepared in self._layouts if prepared == dtype)
+        problem = problem_of(self.packed, m, dtype, device)
+        return explain(problem, forced=forced_kernel(), prepared=ready)
+
+    def _plan(self, m: int, x: torch.Tensor) -> _Plan:
+        choice = self.explain(m, x.dtype, x.device.type)
+        kernel = kernels()[choice.chosen]
+        if kernel.name == "reference" and not choice.forced and x.device.type != "meta":
+            _warn_fallback(choice.problem.format, x.device.type)
+        key = (kernel.name, x.dtype)
+        if key not in self._layouts:
+            with torch.no_grad():
+                self._layouts[key] = kernel.prepare(self.packed, x.dtype)
+        return kernel.launch, self._layouts[key]

@@ -1,0 +1,1 @@
+"""Storage formats, one file each; discovery lists this folder."""

@@ -1,0 +1,165 @@
+"""`fewbit generate`: open a checkpoint, ours or an ordinary one, and continue a prompt.
+
+A temperature of 0 takes the most likely token every time; above 0, token i is drawn with
+probability softmax(logits / temperature)ᵢ from the whole vocabulary, by a seeded generator that
+leaves the global random state as it was. Stop tokens and the cache policy are the checkpoint's own.
+
+No chat template is applied: the prompt goes in as written, after the tokenizer's own start token.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError, RecipeError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def load_any(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
+    """The transformers model in `path` (folder or hub id), in evaluation mode.
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of the arithmetic; None
+    is the checkpoint's own. CheckpointError: not there, not a model, or weights are pickles.
+    """
+    if _is_ours(path):
+        from .load import load
+
+        return load(path, device=device, dtype=dtype)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype or "auto", use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be opened as a language model: {_first_line(error)}"
+        ) from error
+    return model.to(resolve_device(device)).eval()
+
+
+def open_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside the model in `path`; CheckpointError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has no usable tokenizer: {_first_line(error)}; put the model's tokenizer files there"
+        ) from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a `--device` setting; RecipeError if this machine has no such device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device must be auto, cpu, cuda or cuda:i, got {device!r}") from error
+    n_gpus = torch.cuda.device_count()
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= n_gpus):
+        raise RecipeError(
+            f"device {device!r} is not available: torch sees a cpu and {n_gpus} GPUs; use auto"
+        )
+    return found
+
+
+def context_length(model: Any) -> int | None:
+    """Longest sequence that the model's configuration allows, in tokens; None if it has no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """The continuation of `prompt`, without the prompt, by the model in `path`.
+
+    RecipeError: an empty prompt, a bad setting, or more tokens than the context holds.
+    """
+    model = load_any(path, device)
+    return continue_text(model, open_tokenizer(path), prompt, max_new_tokens, temperature, seed)
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """As `generate`, with a model and a tokenizer that are already open."""
+    ids = _prompt_ids(model, tokenizer, prompt, max_new_tokens)
+    if not 0 <= temperature < float("inf"):
+        raise RecipeError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    config = generation_settings(model, max_new_tokens, temperature)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        mask = torch.ones_like(ids)
+        tokens = model.generate(ids, attention_mask=mask, generation_config=config)
+    return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def generation_settings(model: Any, max_new_tokens: int, temperature: float) -> Any:
+    """The checkpoint's own generation settings with the sampling replaced."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = None
+    config.max_new_tokens = max_new_tokens
+    config.do_sample = temperature > 0
+    config.temperature = temperature if temperature > 0 else None
+    config.top_k = 0 if temperature > 0 else None  # 0: the whole vocabulary
+    config.top_p = config.min_p = config.typical_p = None
+    if config.pad_token_id is None:  # one sequence is never padded, but generate() insists
+        stops = config.eos_token_id
+        config.pad_token_id = stops[0] if isinstance(stops, list) else stops
+    return config
+
+
+def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> torch.Tensor:
+    """Token ids int64 [1, prompt tokens] on the model's device."""
+    if max_new_tokens < 1:
+        raise RecipeError(f"max-new-tokens must be at least 1, got {max_new_tokens}")
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise RecipeError("the prompt is empty and the tokenizer adds no start token; give a text")
+    context = context_length(model)
+    if context is not None and len(ids) + max_new_tokens > context:
+        raise RecipeError(
+            f"prompt ({len(ids)} tokens) and max-new-tokens ({max_new_tokens}) exceed the model's "
+            f"context of {context}; shorten one"
+        )
+    return torch.tensor([ids], dtype=torch.int64, device=model.device)
+
+
+def _is_ours(path: str | Path) -> bool:
+    """Whether `config.json` of the folder or hub id says that fewbit wrote the checkpoint."""
+    from transformers import PretrainedConfig
+
+    folder = Path(path).expanduser()
+    if not folder.exists() and not _HUB_ID.fullmatch(str(path)):
+        raise CheckpointError(f"there is no folder {path}; give a model's folder or its hub id")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json; give the folder that holds the model")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is neither a model's folder nor a hub id that can be read: {_first_line(error)}"
+        ) from error
+    return bool((config.get("quantization_config") or {}).get("quant_method") == "fewbit")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

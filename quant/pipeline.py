@@ -1,0 +1,241 @@
+"""`quantize`: a checkpoint goes in, a smaller one comes out, unit by unit.
+
+    validate → preflight → for each unit: (statistics → passes → pack → write) → verify → publish
+
+Two ways through the same plan and the same writer. If no pass asks for statistics, units are runs of
+source tensors, read and rounded in row slabs: no model graph, no transformers, any architecture.
+Otherwise units are decoder blocks; each is run on the output of the quantized blocks before it.
+
+Nothing can load the output before it is complete: `config.json` is written last, after every stored
+byte was read back and compared with the checksum of what was computed. Ranking formats, evaluating
+and gates are elsewhere.
+"""
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.protocol import plan_passes
+from ..export.checkpoint import Checkpoint
+from ..export.report import Report
+from ..export.writer import CheckpointWriter, UnitPlan
+from . import publish
+from .errors import RecipeError
+from .layout import plan_tensors, unit_of
+from .preflight import check_resources
+from .recipe import load_recipe
+from .units import DataFreeUnits, Job, UnitSource
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, after each unit."""
+
+    unit: str
+    done: int
+    total: int
+    bits_per_weight: float
+    worst: tuple[str, float] | None  # tensor and relative output (or weight) error
+    seconds_left: float
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: str = "w4a16",
+    settings: Sequence[str] = (),
+    calib: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    restart: bool = False,
+    revision: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Report:
+    """Quantize a folder or hub id into `out`; the same keys as the command line.
+
+    Resumes an unfinished run of the same recipe and source. Returns the report that is also written
+    to `out`. Raises FewbitError subclasses only for what the user can mend.
+    """
+    started = time.monotonic()
+    job = _prepare(
+        source, Path(out), recipe, _with_calibration_keys(settings, samples, length),
+        calib, device, seed, revision,
+    )  # fmt: skip
+    publish.prepare_folder(job.out, restart, job.checkpoint.folder)
+    units, work = _units(job)
+    outlook = check_resources(
+        job.out, sum(unit.n_bytes for unit in units), job.checkpoint, job.calibration
+    )
+    if announce is not None:
+        announce(outlook)
+    writer = CheckpointWriter(job.out, units, _identity(job), MAX_SHARD_BYTES)
+    try:
+        done = writer.open()
+        _run(job, writer, work, done, started, progress)
+        writer.close_remaining()
+        report = publish.finish(job, writer, _facts(job, started))
+        writer.finish()
+    finally:
+        writer.abandon()
+    return report
+
+
+def _with_calibration_keys(
+    settings: Sequence[str], samples: int | None, length: int | None
+) -> tuple[str, ...]:
+    extra = [("samples", samples), ("length", length)]
+    return (*settings, *(f"calibration.{key}={value}" for key, value in extra if value is not None))
+
+
+def _prepare(
+    source: str | Path,
+    out: Path,
+    recipe_name: str,
+    settings: Sequence[str],
+    calib: str | None,
+    device: str,
+    seed: int,
+    revision: str | None,
+) -> Job:
+    recipe = load_recipe(recipe_name, settings)
+    passes = plan_passes([(use.name, use.keys) for use in recipe.passes]) if recipe.weights else ()
+    checkpoint = Checkpoint.open(source, revision)
+    plan = plan_tensors(recipe, checkpoint.config, checkpoint.tensors)
+    if recipe.weights is not None and not any(tensor.rule for tensor in plan.values()):
+        raise RecipeError(
+            f"{source}: recipe {recipe.name!r} would quantize none of its {len(plan)} tensors; "
+            f"check weights.ignore, or use --recipe identity to copy"
+        )
+    architecture = str((checkpoint.config.get("architectures") or ["unknown"])[0])
+    for item in passes:
+        sentence = item.step.refuse(architecture, item.options)
+        if sentence:
+            raise RecipeError(f"pass {item.step.name} cannot run on {architecture}: {sentence}")
+    job = Job(checkpoint, recipe, passes, plan, out, seed, pick_device(device), None)
+    return _with_calibration(job, calib) if job.calibrated else job
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one. RecipeError if a named one is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"--device must be auto, cpu, cuda or cuda:i, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device must be auto, cpu, cuda or cuda:i, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} usable GPUs; "
+            f"use --device cpu, or see `fewbit doctor`"
+        )
+    return found
+
+
+def _with_calibration(job: Job, calib: str | None) -> Job:
+    from ..calibrate.data import load_calibration
+    from ..calibrate.model import check_architecture, load_tokenizer
+
+    check_architecture(job.checkpoint.config)
+    keys = job.recipe.calibration
+    tokenizer = load_tokenizer(job.checkpoint.folder)
+    data = load_calibration(calib, tokenizer, keys.samples, keys.length, job.seed)
+    return replace(job, calibration=data)
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What decides the output's bytes; a resumed run must agree in every key."""
+    return {
+        "recipe": job.recipe.text,
+        "source": job.checkpoint.fingerprint,
+        "calibration": job.calibration.fingerprint() if job.calibration else None,
+        "seed": job.seed,
+        "environment": environment(job),
+    }
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """Versions and machine facts on which the last bits of floating-point sums depend."""
+    from importlib.metadata import version
+
+    facts: dict[str, Any] = {"fewbit": version("fewbit"), "torch": torch.__version__}
+    if job.calibrated:
+        facts["transformers"] = version("transformers")
+        facts["device"] = job.device.type
+        facts["threads"] = torch.get_num_threads()
+        facts["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        if job.device.type == "cuda":
+            facts["gpu"] = torch.cuda.get_device_name(job.device)
+    return facts
+
+
+def _units(job: Job) -> tuple[list[UnitPlan], UnitSource]:
+    if job.calibrated:
+        from .blockwise import BlockwiseUnits
+
+        source: UnitSource = BlockwiseUnits(job)
+    else:
+        source = DataFreeUnits(job)
+    return [unit_of(name, keys, job.plan) for name, keys in source.members], source
+
+
+def _run(
+    job: Job,
+    writer: CheckpointWriter,
+    source: UnitSource,
+    done: int,
+    started: float,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    resumed_at = time.monotonic()
+    for index in range(len(source.members)):
+        if index < done:
+            source.skip(index, writer)
+            continue
+        rows: list[Any] = []
+        writer.write_unit(source.tensors(index, rows), rows)
+        if progress is not None:
+            progress(_progress(writer, source, index, done, time.monotonic() - resumed_at))
+
+
+def _progress(
+    writer: CheckpointWriter, source: UnitSource, index: int, first: int, seconds: float
+) -> Progress:
+    rows = [row for unit in writer.rows for row in unit]
+    weights = sum(row["n_weights"] for row in rows)
+    stored = sum(row["n_bytes"] for row in rows)
+    errors = [(row["name"], row["output_error"] or row["relative_error"]) for row in rows]
+    total = len(source.members)
+    return Progress(
+        unit=source.members[index][0],
+        done=index + 1,
+        total=total,
+        bits_per_weight=8 * stored / weights if weights else 0.0,
+        worst=max(errors, key=lambda item: item[1]) if errors else None,
+        seconds_left=seconds / (index + 1 - first) * (total - index - 1),
+    )
+
+
+def _facts(job: Job, started: float) -> dict[str, Any]:
+    """Times and memory, for the report only (never for anything that must be reproducible)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "wall_seconds": time.monotonic() - started,
+        "peak_resident_bytes": peak,
+        "environment": environment(job),
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,114 @@
+"""Checks before the work that the disk and the memory will do, and says how long it will take.
+
+Stored bytes are exact. Memory is that of two blocks in fp32, the statistics of the largest weight and
+the hidden states that stay resident. Time is a guess from one timed product; what is left is measured
+from the first unit on (see `Progress`).
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.data import CalibrationSet
+from ..export.checkpoint import Checkpoint
+from .errors import CheckpointError
+
+RESIDENT_BYTES = 2 << 30  # of hidden states kept in memory; more are spilled to a mapped file
+_DATA_FREE_BYTES = 1 << 30
+_DATA_FREE_RATE = 200e6  # bytes per second, measured on two cores
+_SPARE_BYTES = 64 << 20  # config, manifest, tokenizer, report
+
+
+def check_resources(
+    out: Path, planned_bytes: int, checkpoint: Checkpoint, calibration: CalibrationSet | None
+) -> str:
+    """One line on what the run will take. CheckpointError if the disk of `out` or the free memory
+    cannot hold it."""
+    existing = sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
+    needed = max(0, planned_bytes - existing) + _SPARE_BYTES
+    free = shutil.disk_usage(_existing_parent(out)).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out}: the result needs {_size(needed)} of disk, {_size(free)} are free; free some "
+            f"space or choose another output folder"
+        )
+    memory = _memory_needed(checkpoint, calibration)
+    available = _available_memory()
+    if available is not None and available < memory:
+        raise CheckpointError(
+            f"the run needs about {_size(memory)} of memory, {_size(available)} are available; "
+            f"use a data-free recipe (w4a16-rtn), fewer --samples, or a machine with more memory"
+        )
+    seconds = _seconds(checkpoint, calibration)
+    return (
+        f"{checkpoint.name}: {_size(checkpoint.total_bytes)} in, {_size(planned_bytes)} out; disk "
+        f"{_size(needed)} of {_size(free)}; memory about {_size(memory)}; about {_span(seconds)}"
+    )
+
+
+def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> int:
+    if calibration is None:
+        return _DATA_FREE_BYTES
+    config = text_config(checkpoint.config)
+    largest = max((info.n_bytes for info in checkpoint.tensors.values()), default=0)
+    block = checkpoint.n_parameters * 4 // max(int(config.get("num_hidden_layers") or 1), 1)
+    hidden = calibration.windows.numel() * int(config.get("hidden_size") or 0) * 4
+    return 2 * block + 4 * largest + min(hidden, RESIDENT_BYTES)
+
+
+def _seconds(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> float:
+    """Rough: bytes over the measured copy-and-round rate, or operations over a timed product."""
+    if calibration is None:
+        return checkpoint.total_bytes / _DATA_FREE_RATE
+    side = torch.rand(768, 768)
+    side @ side
+    started = time.perf_counter()
+    side @ side
+    rate = 2 * side.shape[0] ** 3 / max(time.perf_counter() - started, 1e-6)
+    runs = 4  # statistics of the stages, the quantized run, and the rounding itself
+    return runs * 2 * checkpoint.n_parameters * calibration.windows.numel() / rate
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{max(seconds, 1):.0f} s"
+
+
+def _available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    names = os.sysconf_names
+    if "SC_AVPHYS_PAGES" in names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(n_bytes: int) -> str:
+    """Decimal units, as disks and files are sold."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes} bytes"

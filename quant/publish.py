@@ -1,0 +1,222 @@
+"""The first and the last step of a run: may we write here, and what makes the output loadable.
+
+Before: an output folder is empty, or ours. Ours is told by the journal of an unfinished run or by
+the manifest of a finished one; `restart` removes the files that those name, and no other.
+
+After: read every stored byte back and compare with the checksum of what was computed, check that
+parts fit their format, then write index, tokenizer files, manifest, report, and `config.json` last.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from ..export.metadata import (
+    MANIFEST,
+    MAX_INLINE_EXCEPTIONS,
+    VERSION,
+    ModuleSpec,
+    build_quantization_config,
+    config_sha256,
+    manifest_bytes,
+    read_manifest,
+)
+from ..export.report import Report, build_report, write_report
+from ..export.safetensors_file import map_entries, read_header
+from ..export.writer import JOURNAL, CheckpointWriter, crc32c, named_os_errors, write_atomic
+from .errors import CheckpointError, FormatError
+from .format import find_format
+from .layout import PlannedTensor
+from .units import Job
+
+INDEX = "model.safetensors.index.json"
+_OURS = ("config.json", INDEX, "report.json", "report.html", JOURNAL, MANIFEST)
+
+
+def prepare_folder(out: Path, restart: bool, source: Path) -> None:
+    """Refuse folders that are not ours; discard our own earlier run if `restart`."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; the output must be a folder")
+    if out.resolve() == source.resolve():
+        raise CheckpointError(f"{out} is the source itself; choose another output folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    unfinished, finished = (out / JOURNAL).is_file(), (out / MANIFEST).is_file()
+    if not unfinished and not finished:
+        raise CheckpointError(
+            f"{out} exists, is not empty and was not written by fewbit; choose another folder"
+        )
+    if restart:
+        _discard(out)
+    elif not unfinished:
+        raise CheckpointError(
+            f"{out} holds a finished checkpoint; choose another folder, or discard it with "
+            f"--restart"
+        )
+
+
+def _discard(out: Path) -> None:
+    names = set(_OURS)
+    if (out / MANIFEST).is_file():
+        names |= _manifest_files(out)
+    with named_os_errors(out):
+        for path in out.glob("model*.safetensors*"):
+            path.unlink()
+        for path in out.glob("*.partial"):
+            path.unlink()
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+
+
+def _manifest_files(out: Path) -> set[str]:
+    try:
+        manifest = read_manifest(out) or {}
+    except CheckpointError:  # damaged: its own files are then known by their names only
+        return set()
+    return {name for name in manifest.get("files", {}) if "/" not in name}
+
+
+def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Report:
+    """Verify, then publish. Idempotent: a kill in here is repeated by the next run."""
+    verify_written(job, writer)
+    specs = {t.module: module_spec(t) for t in job.plan.values() if t.rule is not None}
+    config = _config(job, specs)
+    more: dict[str, Any] = {}
+    quantization = config.get("quantization_config")
+    if quantization and len(quantization["tensors"]) > MAX_INLINE_EXCEPTIONS:
+        more, quantization["tensors"] = quantization["tensors"], {}
+    for path in job.checkpoint.extra_files:
+        _copy(path, job.out / path.name)
+    _write_index(job.out, writer)
+    config_text = _json_bytes(config)
+    manifest = _manifest(job, writer, config, config_text, more)
+    write_atomic(job.out / MANIFEST, manifest_bytes(manifest))
+    report = build_report(job, writer, facts)
+    write_report(job.out, report)
+    write_atomic(job.out / "config.json", config_text)
+    return report
+
+
+def module_spec(tensor: PlannedTensor) -> ModuleSpec:
+    """How a quantized tensor is described in the config."""
+    if tensor.rule is None:
+        raise FormatError(f"{tensor.key} is not quantized")
+    padded = find_format(tensor.rule.format).padded_k(tensor.shape[-1], tensor.rule.options)
+    columns = tensor.shape[-1] if padded != tensor.shape[-1] else None
+    return ModuleSpec(((tensor.rule.format, tensor.rule.options),), columns, tensor.transposed)
+
+
+def verify_written(job: Job, writer: CheckpointWriter) -> None:
+    """Read all shards again; compare checksums and headers with what was computed."""
+    expected: dict[str, dict[str, Any]] = {}
+    for shard, item in writer.stored():
+        expected.setdefault(shard, {})[item.name] = item
+    for shard, items in expected.items():
+        header = read_header(job.out / shard)
+        if header.entries.keys() != items.keys():
+            raise CheckpointError(f"{job.out / shard}: its tensors differ from what was written")
+        tensors = map_entries(header)
+        for name, item in items.items():
+            if tuple(tensors[name].shape) != item.shape or crc32c(tensors[name]) != item.crc32c:
+                raise CheckpointError(
+                    f"{job.out / shard}: {name} reads back differently from what was computed; "
+                    f"the disk or the memory is faulty: start over with --restart"
+                )
+        _check_parts(job, tensors)
+
+
+def _check_parts(job: Job, tensors: Mapping[str, Any]) -> None:
+    for tensor in job.plan.values():
+        if tensor.rule is None:
+            continue
+        names = list(tensor.specs())
+        if names[0] in tensors:
+            parts = {name.removeprefix(tensor.module + "."): tensors[name] for name in names}
+            find_format(tensor.rule.format).check(parts, tensor.shape, tensor.rule.options)
+
+
+def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
+    config = {k: v for k, v in job.checkpoint.config.items() if k != "quantization_config"}
+    if specs:
+        config["quantization_config"] = build_quantization_config(job.recipe.name, specs)
+    return config
+
+
+def _copy(source: Path, target: Path) -> None:
+    with named_os_errors(target.parent):
+        temporary = target.with_name(target.name + ".partial")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+
+
+def _write_index(out: Path, writer: CheckpointWriter) -> None:
+    if len(writer.names) == 1:
+        return
+    stored = list(writer.stored())
+    index = {
+        "metadata": {"total_size": sum(item.end - item.begin for _, item in stored)},
+        "weight_map": {item.name: shard for shard, item in sorted(stored, key=lambda x: x[1].name)},
+    }
+    write_atomic(out / INDEX, _json_bytes(index))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _manifest(
+    job: Job,
+    writer: CheckpointWriter,
+    config: Mapping[str, Any],
+    config_text: bytes,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    quantization = config.get("quantization_config")
+    data = job.calibration
+    return {
+        "version": VERSION,
+        "recipe": {"name": job.recipe.name, "text": job.recipe.text},
+        "source": {
+            "name": job.checkpoint.name,
+            "revision": job.checkpoint.revision,
+            "fingerprint": job.checkpoint.fingerprint,
+        },
+        "calibration": data.fingerprint() if data else None,
+        "seed": job.seed,
+        "environment": writer.identity["environment"],
+        "files": _file_facts(job, writer, config_text),
+        "tensors": {item.name: item.crc32c for _, item in writer.stored()},
+        "modules": _module_facts(job),
+        "quantization_config_sha256": config_sha256(quantization) if quantization else None,
+        "exceptions": dict(more),
+    }
+
+
+def _module_facts(job: Job) -> dict[str, Any]:
+    facts = {}
+    for tensor in job.plan.values():
+        if tensor.rule is not None:
+            store = find_format(tensor.rule.format)
+            bits = store.bits(tensor.shape, tensor.rule.options)
+            facts[tensor.module] = {"shape": list(tensor.shape), "bits_per_weight": bits}
+    return facts
+
+
+def _file_facts(job: Job, writer: CheckpointWriter, config_text: bytes) -> dict[str, Any]:
+    """Sizes and checksums of the files that are written before the manifest."""
+    facts: dict[str, Any] = {}
+    for name in writer.names:
+        header = read_header(job.out / name)
+        facts[name] = {"bytes": header.file_bytes, "header_crc32c": f"{header.crc32c:08x}"}
+    small = [path.name for path in job.checkpoint.extra_files]
+    small += [INDEX] if len(writer.names) > 1 else []
+    for name in small:
+        data = (job.out / name).read_bytes()
+        facts[name] = {"bytes": len(data), "crc32c": f"{google_crc32c.value(data):08x}"}
+    facts["config.json"] = {"sha256": hashlib.sha256(config_text).hexdigest()}
+    return facts

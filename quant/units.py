@@ -1,0 +1,198 @@
+"""Units of a run: which source tensors belong together, and how their stored tensors come about.
+
+The data-free way is here: runs of source tensors, each read in slabs of rows, rounded, and dropped.
+Rows are independent without statistics, so a slab gives the same bytes as the whole tensor and memory
+stays flat whatever the tensor's size. The way through decoder blocks is in `blockwise.py`.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.data import CalibrationSet
+from ..calibrate.protocol import PlannedPass
+from ..export.checkpoint import Checkpoint
+from ..export.writer import CheckpointWriter, Chunked
+from .block import Block, Weight
+from .format import dequantize
+from .layout import PlannedTensor, split_by_bytes
+from .packed import PackedTensor, Term
+from .recipe import Recipe
+
+SLAB_BYTES = 32 << 20  # of source rows that are read, rounded and dropped at a time
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, validated."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    passes: tuple[PlannedPass, ...]
+    plan: Mapping[str, PlannedTensor]
+    out: Path
+    seed: int
+    device: torch.device
+    calibration: CalibrationSet | None  # None when data-free
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any pass asks for statistics."""
+        return any(item.step.needs(item.options) for item in self.passes)
+
+
+class UnitSource:
+    """Where units come from: their members up front, their tensors on demand and in order."""
+
+    members: list[tuple[str, list[str]]]
+
+    def skip(self, index: int, writer: CheckpointWriter) -> None:
+        """Called in order for each unit that an earlier run finished."""
+        raise NotImplementedError
+
+    def tensors(self, index: int, rows: list[Any]) -> Iterator[Chunked]:
+        """The unit's stored tensors in plan order; report rows are appended on the way."""
+        raise NotImplementedError
+
+
+class DataFreeUnits(UnitSource):
+    """Units of about 256 MB of source tensors, rounded slab by slab."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        runs = split_by_bytes(list(job.plan), job.checkpoint.tensors)
+        self.members = [(f"tensors {i + 1} of {len(runs)}", keys) for i, keys in enumerate(runs)]
+
+    def skip(self, index: int, writer: CheckpointWriter) -> None:
+        """Nothing to redo: units do not depend on each other."""
+
+    def tensors(self, index: int, rows: list[Any]) -> Iterator[Chunked]:
+        """See UnitSource."""
+        name, keys = self.members[index]
+        for key in keys:
+            yield from plain_tensor(self._job, self._job.plan[key], name, rows)
+
+
+def plain_tensor(job: Job, tensor: PlannedTensor, unit: str, rows: list[Any]) -> Iterator[Chunked]:
+    """A tensor that needs no statistics: copied if kept, else rounded slab by slab."""
+    if tensor.rule is None:
+        yield tensor.key, _slabs(job, tensor)
+        return
+    started = time.monotonic()
+    slabs: list[PackedTensor] = []
+    error = energy = 0.0
+    fallbacks: list[str] = []
+    for value in _slabs(job, tensor):
+        weight = make_weight(tensor, value.mT if tensor.transposed else value)
+        for item in job.passes:
+            item.step.run(Block(unit, [weight]), {}, item.options)
+        packed = packed_of(weight)
+        delta, size = squared_error(weight.value, packed)
+        error, energy = error + delta, energy + size
+        fallbacks += weight.fallbacks
+        slabs.append(packed)
+    row = report_row(tensor, unit, slabs, error, energy, None, fallbacks)
+    row["seconds"] = time.monotonic() - started
+    rows.append(row)
+    for part, _ in slabs[0].named_parts():
+        yield f"{tensor.module}.{part}", [dict(slab.named_parts())[part] for slab in slabs]
+
+
+def _slabs(job: Job, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
+    """Rows of the leading axis, about SLAB_BYTES at a time; in one piece if there is no such axis."""
+    shape = tensor.source_shape
+    if not shape or shape[0] == 0:
+        yield job.checkpoint.read(tensor.key)
+        return
+    row_bytes = max(1, torch.Size(shape).numel() // shape[0] * tensor.dtype.itemsize)
+    step = max(1, SLAB_BYTES // row_bytes)
+    for start in range(0, shape[0], step):
+        yield job.checkpoint.read(tensor.key, start, min(start + step, shape[0]))
+
+
+def make_weight(tensor: PlannedTensor, value: torch.Tensor) -> Weight:
+    """The `Weight` of a planned tensor, `value` in logical orientation."""
+    if tensor.rule is None:
+        raise RuntimeError(f"{tensor.key} is not to be quantized")
+    return Weight(
+        name=tensor.module,
+        value=value,
+        format=tensor.rule.format,
+        options=tensor.rule.options,
+        suffix=tensor.suffix,
+        transposed=tensor.transposed,
+    )
+
+
+def packed_of(weight: Weight) -> PackedTensor:
+    """The packed form that the rounding passes left."""
+    if weight.packed is None:
+        raise RuntimeError(f"{weight.name}: no pass has rounded it")
+    return weight.packed
+
+
+def squared_error(value: torch.Tensor, packed: PackedTensor) -> tuple[float, float]:
+    """Σ (w − ŵ)² and Σ w², by row chunks: unpacked from what is stored, not from memory of it."""
+    error = energy = 0.0
+    flat = value.reshape(-1, value.shape[-1])
+    step = max(1, (1 << 20) // value.shape[-1])
+    rows = _flat_rows(packed)
+    for start in range(0, flat.shape[0], step):
+        chunk = flat[start : start + step].float()
+        delta = chunk - dequantize(_rows_of(rows, start, start + chunk.shape[0]))
+        error += float(torch.dot(delta.flatten(), delta.flatten()))
+        energy += float(torch.dot(chunk.flatten(), chunk.flatten()))
+    return error, energy
+
+
+def _flat_rows(packed: PackedTensor) -> PackedTensor:
+    """Experts' rows one below the other."""
+    if len(packed.shape) == 2:
+        return packed
+    terms = tuple(
+        Term(t.format, t.options, {name: part.flatten(0, 1) for name, part in t.parts.items()})
+        for t in packed.terms
+    )
+    return PackedTensor((packed.shape[0] * packed.shape[1], packed.shape[2]), terms)
+
+
+def _rows_of(packed: PackedTensor, start: int, stop: int) -> PackedTensor:
+    terms = tuple(
+        Term(t.format, t.options, {name: part[start:stop] for name, part in t.parts.items()})
+        for t in packed.terms
+    )
+    return PackedTensor((stop - start, packed.shape[1]), terms)
+
+
+def report_row(
+    tensor: PlannedTensor,
+    unit: str,
+    slabs: Sequence[PackedTensor],
+    error: float,
+    energy: float,
+    output_error: float | None,
+    fallbacks: Sequence[str],
+) -> dict[str, Any]:
+    """A report row as the journal keeps it."""
+    if tensor.rule is None:
+        raise RuntimeError(f"{tensor.key} is not quantized")
+    n_weights = torch.Size(tensor.shape).numel()
+    n_bytes = sum(slab.n_bytes for slab in slabs)
+    return {
+        "name": tensor.module,
+        "shape": list(tensor.shape),
+        "format": tensor.rule.format,
+        "options": asdict(tensor.rule.options),
+        "bits_per_weight": 8 * n_bytes / n_weights,
+        "n_bytes": n_bytes,
+        "n_weights": n_weights,
+        "relative_error": (error / energy) ** 0.5 if energy else 0.0,
+        "output_error": output_error,
+        "block": unit,
+        "fallbacks": list(fallbacks),
+        "seconds": 0.0,
+    }
