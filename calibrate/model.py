@@ -21,7 +21,7 @@ padding masks and images are not dealt with here.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
@@ -171,7 +171,8 @@ def find_blocks(model: "PreTrainedModel") -> tuple[str, ...]:
             lists[name] = len(module)
     if not lists or max(lists.values()) == 0:
         raise CalibrationError(
-            f"{type(model).__name__} has no list of decoder layers; use a recipe without calibration"
+            f"{type(model).__name__} has no list of decoder layers; "
+            "use a recipe without calibration"
         )
     longest = max(lists, key=lambda name: lists[name])
     return tuple(f"{longest}.{index}" for index in range(lists[longest]))
@@ -335,11 +336,8 @@ class ModelGraph:
 
             return forward
 
-        with self._stand_ins(catch):
-            try:
-                self._model(input_ids=tokens, use_cache=False)
-            except _Stopped:
-                pass
+        with self._stand_ins(catch), suppress(_Stopped):
+            self._model(input_ids=tokens, use_cache=False)
         if len(calls) != len(self._blocks):
             _refuse_layers(self._model, f"were called {len(calls)} of {len(self._blocks)} times")
         return BlockInput(first[0], tuple(calls[index] for index in range(len(calls))))

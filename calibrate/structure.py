@@ -88,22 +88,18 @@ class Structure:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a weight, or one expert of a stack, was multiplied by."""
+    """What a weight, or one expert of a stack, was multiplied by, as it was at that moment."""
 
-    expert: int | None
-    x: torch.Tensor
-
-    def identity(self) -> tuple[int, ...]:
-        """Equal for the same values at the same address, [b, T, K] or [b·T, K]."""
-        expert = -1 if self.expert is None else self.expert
-        layout = self.x.numel(), self.x.shape[-1], int(self.x.is_contiguous())
-        return (expert, self.x.data_ptr(), self.x._version, *layout)
+    identity: tuple[int, ...]
+    norm: Norm | None
+    held: torch.Tensor  # so that its address is not given to another tensor during the trace
 
 
 @dataclass(frozen=True)
 class _NormTrace:
     norm: Norm
     output: torch.Tensor
+    version: int  # of the output when it was made; it says nothing once it was written to
 
 
 def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structure:
@@ -115,7 +111,7 @@ def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structu
     norms: list[_NormTrace] = []
 
     def on_use(use: Use, x: torch.Tensor) -> None:
-        uses[use.parameter].append(_Input(use.expert, x))
+        uses[use.parameter].append(_Input(_identity(use, x), _feeding_norm(x, norms), x))
         transposed[use.parameter] = use.transposed
 
     hooks = _watch_norms(graph.block(index), prefix, norms)
@@ -132,7 +128,7 @@ def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structu
             _role(graph.block(index), name.removeprefix(f"{prefix}."), parameters[name].dim()),
             transposed[name],
             keys[name],
-            _feeding_norm(uses[name], norms),
+            _common_norm(uses[name]),
         )
         for name in parameters
         if name in uses
@@ -144,16 +140,19 @@ def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structu
     )
 
 
-def _input_keys(uses: dict[str, list[_Input]]) -> dict[str, str]:
-    """Parameter -> name of the first parameter that got the same tensors.
+def _identity(use: Use, x: torch.Tensor) -> tuple[int, ...]:
+    """Equal for the same expert and the same values at the same address, [b, T, K] or [b·T, K]."""
+    expert = -1 if use.expert is None else use.expert
+    layout = x.numel(), x.shape[-1], int(x.is_contiguous())
+    return (expert, x.data_ptr(), x._version, *layout)
 
-    Every input is held by `uses`, so an address cannot have been given to another tensor; the
-    version tells whether it was written to in between.
-    """
+
+def _input_keys(uses: dict[str, list[_Input]]) -> dict[str, str]:
+    """Parameter -> name of the first parameter that got the same tensors."""
     first: dict[object, str] = {}
     keys: dict[str, str] = {}
     for name, inputs in uses.items():
-        identity = tuple(sorted(item.identity() for item in inputs))
+        identity = tuple(sorted(item.identity for item in inputs))
         keys[name] = first.setdefault(identity, name)
     return keys
 
@@ -189,7 +188,8 @@ def _watch_norms(
                 return
             kind = _norm_kind(module, args[0], output)
             has_bias = getattr(module, "bias", None) is not None
-            traces.append(_NormTrace(Norm(name, kind, has_bias, _eps(module)), output))
+            norm = Norm(name, kind, has_bias, _eps(module))
+            traces.append(_NormTrace(norm, output, output._version))
 
         hooks.append(module.register_forward_hook(after))
 
@@ -228,16 +228,21 @@ def _norm_kind(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> Norm
     return None
 
 
-def _feeding_norm(inputs: list[_Input], traces: list[_NormTrace]) -> Norm | None:
-    """The norm whose output has the values of every one of `inputs`."""
+def _feeding_norm(x: torch.Tensor, traces: list[_NormTrace]) -> Norm | None:
+    """The norm whose output has the values of `x`, or rows of which `x` is a choice."""
     for trace in traces:
-        if all(_comes_from(item.x, trace.output) for item in inputs):
+        if trace.output._version == trace.version and _comes_from(x, trace.output):
             return trace.norm
     return None
 
 
+def _common_norm(inputs: list[_Input]) -> Norm | None:
+    """The norm that feeds every one of `inputs`."""
+    norms = {item.norm for item in inputs}
+    return norms.pop() if len(norms) == 1 else None
+
+
 def _comes_from(x: torch.Tensor, output: torch.Tensor) -> bool:
-    """Whether `x` is `output`, or a choice of its rows."""
     if x.shape[-1] != output.shape[-1] or x.numel() == 0:
         return False
     rows = x.reshape(-1, x.shape[-1])
@@ -245,4 +250,10 @@ def _comes_from(x: torch.Tensor, output: torch.Tensor) -> bool:
     if rows.shape == table.shape and torch.equal(rows, table):
         return True
     step = max(1, rows.shape[0] // _ROWS_CHECKED)
-    return all(bool((table == row).all(-1).any()) for row in rows[::step])
+    return all(_has_row(table, row) for row in rows[::step])
+
+
+def _has_row(table: torch.Tensor, row: torch.Tensor) -> bool:
+    """Whether `row` is a row of `table`; most rows are ruled out by their first number."""
+    alike = table[table[:, 0] == row[0]]
+    return bool((alike == row).all(-1).any())

@@ -195,7 +195,7 @@ def _terms(where: str, name: str, terms: Any) -> tuple[tuple[str, Any], ...]:
     for term in terms:
         keys = {key: value for key, value in term.items() if key != "format"}
         try:
-            found = find_format(term.get("format"))
+            found = find_format(str(term.get("format")))
             parsed.append((found.name, parse_options(found.name, found.Options, keys)))
         except (FewbitError, TypeError) as error:
             raise CheckpointError(f"{where}: {name}: {error}") from error

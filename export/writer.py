@@ -242,6 +242,7 @@ class CheckpointWriter:
                 self._journal.append({"event": "run", "identity": self.identity})
             else:
                 self._resume(events)
+            self._close_full_shards()
         return len(self.finished)
 
     def _refuse_strangers(self) -> None:
@@ -293,7 +294,7 @@ class CheckpointWriter:
             if not inside:
                 partial.unlink(missing_ok=True)
                 continue
-            end = self._data_start(index) + (self.finished[inside[-1]] or [_EMPTY])[-1].end
+            end = self._data_start(index) + self._end(index)
             if not partial.is_file() or partial.stat().st_size < end:
                 raise CheckpointError(
                     f"{partial} is shorter than the journal says; start over with --restart"
@@ -330,7 +331,7 @@ class CheckpointWriter:
         })  # fmt: skip
         self.finished.append(self._pending)
         self.rows.append(rows)
-        self._close_full_shard(index)
+        self._close_full_shards()
 
     def _write_tensor(
         self,
@@ -350,7 +351,7 @@ class CheckpointWriter:
             written += data.write(as_bytes)
         if written != spec.n_bytes:
             raise CheckpointError(f"{name}: planned {spec.n_bytes} bytes, computed {written}")
-        begin = self._offset(len(self.finished))
+        begin = self._pending[-1].end if self._pending else self._end(self._closed)
         self._pending.append(
             Stored(
                 name,
@@ -362,14 +363,10 @@ class CheckpointWriter:
             )
         )
 
-    def _offset(self, unit: int) -> int:
-        if self._pending:
-            return self._pending[-1].end
-        members = self.shards[self._shard_of(unit)]
-        for earlier in range(unit - 1, members[0] - 1, -1):
-            if self.finished[earlier]:
-                return self.finished[earlier][-1].end
-        return 0
+    def _end(self, shard: int) -> int:
+        """Bytes of the data section that finished units take in a shard."""
+        done = [unit for unit in self.shards[shard] if unit < len(self.finished)]
+        return max((item.end for unit in done for item in self.finished[unit]), default=0)
 
     def _shard_of(self, unit: int) -> int:
         return next(i for i, members in enumerate(self.shards) if unit in members)
@@ -378,18 +375,19 @@ class CheckpointWriter:
         if self._data is None:
             path = self.folder / (self.names[shard] + ".partial")
             self._data = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-            unit = len(self.finished)
-            self._data.seek(self._data_start(shard) + self._offset(unit))
+            self._data.seek(self._data_start(shard) + self._end(shard))
             self._data.truncate()
         return self._data
 
-    def _close_full_shard(self, unit: int) -> None:
-        shard = self._shard_of(unit)
-        if unit != self.shards[shard][-1]:
-            return
-        self.close_shard(shard)
+    def _close_full_shards(self) -> None:
+        """Close shards whose units are all finished (a kill can leave one open)."""
+        while self._closed < len(self.shards) and self._is_full(self._closed):
+            self._close_shard(self._closed)
 
-    def close_shard(self, shard: int) -> None:
+    def _is_full(self, shard: int) -> bool:
+        return not self.shards[shard] or self.shards[shard][-1] < len(self.finished)
+
+    def _close_shard(self, shard: int) -> None:
         """Write the header, make the file durable, rename it, note it in the journal."""
         data = self._open_shard(shard)
         tensors = [item for unit in self.shards[shard] for item in self.finished[unit]]
@@ -406,12 +404,6 @@ class CheckpointWriter:
         sync_folder(self.folder)
         self._journal.append({"event": "shard", "name": final.name})
         self._closed += 1
-
-    def close_remaining(self) -> None:
-        """Close a last shard whose units were all finished before a kill."""
-        with named_os_errors(self.folder):
-            while self._closed < len(self.shards):
-                self.close_shard(self._closed)
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """(shard file name, tensor) of everything written."""
@@ -449,9 +441,6 @@ class CheckpointWriter:
             self._data.close()
             self._data = None
         self._journal.close()
-
-
-_EMPTY = Stored("", "", (), 0, 0, "")
 
 
 def _short(value: Any) -> str:

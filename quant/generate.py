@@ -25,7 +25,7 @@ def load_any(path: str | Path, device: str = "auto", dtype: torch.dtype | None =
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of the arithmetic; None
     is the checkpoint's own. CheckpointError: not there, not a model, or weights are pickles.
     """
-    if _is_ours(path):
+    if is_ours(path):
         from .load import load
 
         return load(path, device=device, dtype=dtype)
@@ -50,7 +50,8 @@ def open_tokenizer(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} has no usable tokenizer: {_first_line(error)}; put the model's tokenizer files there"
+            f"{path} has no usable tokenizer: {_first_line(error)}; "
+            f"put the model's tokenizer files there"
         ) from error
 
 
@@ -71,7 +72,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def context_length(model: Any) -> int | None:
-    """Longest sequence that the model's configuration allows, in tokens; None if it has no bound."""
+    """Longest sequence of the model in tokens; None if its configuration has no bound."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -143,7 +144,7 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
     return torch.tensor([ids], dtype=torch.int64, device=model.device)
 
 
-def _is_ours(path: str | Path) -> bool:
+def is_ours(path: str | Path) -> bool:
     """Whether `config.json` of the folder or hub id says that fewbit wrote the checkpoint."""
     from transformers import PretrainedConfig
 
@@ -156,7 +157,7 @@ def _is_ours(path: str | Path) -> bool:
         config, _ = PretrainedConfig.get_config_dict(str(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is neither a model's folder nor a hub id that can be read: {_first_line(error)}"
+            f"{path} is neither a model's folder nor a readable hub id: {_first_line(error)}"
         ) from error
     return bool((config.get("quantization_config") or {}).get("quant_method") == "fewbit")
 

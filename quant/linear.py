@@ -7,8 +7,8 @@ ExpertView     replaces the same parameter when the source stores one matrix per
 
 The stored parts are persistent buffers under their checkpoint names (`codes`, `scale_group`,
 `term1.codes`, ...), so `state_dict` is the checkpoint. They keep their stored dtype whatever
-`.to(dtype)` says; bias and results follow the dtype. Kernel layouts are derived at first use, are no
-part of the state, and are dropped when a buffer is replaced, moved or written to.
+`.to(dtype)` says; the bias follows the dtype. Kernel layouts are derived at first use, are no part
+of the state, and are dropped when a buffer is replaced, moved or written to.
 
 Model code keeps its own forward: `experts.gate_up_proj[e]` gives a `PackedWeight`, which torch's
 `linear` and `matmul` hand to the dispatcher, and which any other torch function sees as the decoded
@@ -57,9 +57,11 @@ class PackedModule(nn.Module):
         self.transposed = transposed
         self._runners: list[Runner] = []
         self._stamp: list[int] = []
+        self._part_names: list[tuple[str, ...]] = []
         for index, (name, options) in enumerate(self.terms):
             holder = self if index == 0 else nn.Module()
             specs = find_format(name).part_specs(self.logical_shape, options)
+            self._part_names.append(tuple(specs))
             for part, spec in specs.items():
                 empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
                 holder.register_buffer(part, empty)
@@ -104,7 +106,7 @@ class PackedModule(nn.Module):
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def runners(self) -> list[Runner]:
-        """One runner, or one for each expert; made anew when a buffer changed since the last call."""
+        """One runner, or one for each expert; made anew after a buffer changed."""
         stamp = self._state_stamp()
         if stamp != self._stamp or not self._runners:
             self._runners = [Runner(matrix) for matrix in _matrices(self.packed)]
@@ -113,14 +115,14 @@ class PackedModule(nn.Module):
 
     def _parts(self) -> Iterator[tuple[int, str, torch.Tensor]]:
         """(term, part, stored tensor)."""
-        for index, holder in enumerate((self, *self._modules.values())):
-            for part, tensor in holder._buffers.items():  # type: ignore[union-attr]
-                assert tensor is not None, f"buffer {part} of term {index} was removed"
-                yield index, part, tensor
+        for index, names in enumerate(self._part_names):
+            holder = self if index == 0 else self._modules[f"term{index}"]
+            for part in names:
+                yield index, part, holder._buffers[part]  # type: ignore[union-attr, misc]
 
     def _state_stamp(self) -> list[int]:
         """Identity and version of every buffer; runners keep the tensors, so identities last."""
-        stamp = []
+        stamp: list[int] = []
         for _, _, tensor in self._parts():
             stamp += (id(tensor), 0 if tensor.is_inference() else tensor._version)
         return stamp
@@ -174,6 +176,8 @@ def _matrices(packed: PackedTensor) -> Iterator[PackedTensor]:
 class QuantLinear(PackedModule):
     """y = x · Ŵᵀ + bias with a packed weight [N, K]."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -222,6 +226,7 @@ class PackedWeight:
     """
 
     requires_grad = False
+    ndim = 2
 
     def __init__(self, runners: Sequence[Runner], dtype: torch.dtype, transposed: bool) -> None:
         self._runners = runners
@@ -238,15 +243,6 @@ class PackedWeight:
     def device(self) -> torch.device:
         """Device of the stored parts."""
         return next(self._runners[0].packed.named_parts())[1].device
-
-    @property
-    def ndim(self) -> int:
-        """Always 2."""
-        return 2
-
-    def size(self, axis: int | None = None) -> torch.Size | int:
-        """`shape`, or one axis of it."""
-        return self.shape if axis is None else self.shape[axis]
 
     @property
     def T(self) -> "PackedWeight":
@@ -327,17 +323,13 @@ class _Experts:
     # A library that initializes missing parameters must leave this one alone.
     _is_hf_initialized = True
     requires_grad = False
+    ndim = 3
     n_experts: int
     expert: Callable[[int], PackedWeight]
     dense: Callable[[], torch.Tensor]
 
     def __len__(self) -> int:
         return self.n_experts
-
-    @property
-    def ndim(self) -> int:
-        """Always 3."""
-        return 3
 
     def __getitem__(self, index: Any) -> Any:
         """One expert's `PackedWeight` for an int or a 0-d tensor; for a slice or a tensor of

@@ -99,7 +99,7 @@ class NameMap:
         return self._slots.get(key)
 
     def sources(self, parameter: str) -> tuple[str, ...]:
-        """Source tensors of a graph parameter; empty if it has none (tied to another, or absent)."""
+        """Source tensors of a graph parameter; none if it is tied to another, or absent."""
         group = self._groups.get(parameter)
         return group.flat() if group else ()
 
@@ -197,7 +197,7 @@ class NameMap:
         self._slots.update(slots)
 
     def _layout(self, group: _Group) -> dict[str, Slot] | None:
-        """Slots of a renamed, stacked or concatenated group; None if anything else is done to it."""
+        """Slots of a renamed, stacked or concatenated group; None if it is made otherwise."""
         target, converter = group.target, group.converter
         if converter is None:
             return {group.flat()[0]: Slot(target)}

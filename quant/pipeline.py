@@ -85,7 +85,6 @@ def quantize(
     try:
         done = writer.open()
         _run(job, writer, work, done, started, progress)
-        writer.close_remaining()
         report = publish.finish(job, writer, _facts(job, started))
         writer.finish()
     finally:

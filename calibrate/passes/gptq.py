@@ -146,8 +146,7 @@ def prepare(
         damped = hessian.clone()
         extra = (options.damping * 10**attempt * mean).clamp_min(torch.finfo(torch.float32).tiny)
         damped.diagonal(dim1=-2, dim2=-1).add_(extra)
-        dead = damped.diagonal(dim1=-2, dim2=-1) <= extra
-        damped.diagonal(dim1=-2, dim2=-1).masked_fill_(dead, 1.0)
+        damped.diagonal(dim1=-2, dim2=-1).masked_fill_(diagonal == 0, 1.0)
         factor = _inverse_factor(_permute(damped, columns))
         if factor is not None:
             return Problem(weights, damped, factor, order, scales, store, store_options)
@@ -186,80 +185,91 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:
 
 def sweep(problem: Problem, options: GptqOptions) -> torch.Tensor:
     """Codes uint8 [B, N, K] by one error-repaying pass and `options.sweeps` refinements."""
-    codes, values = _repay(problem)
-    for _ in range(options.sweeps):
-        codes, values = _refine(problem, codes, values)
-    return codes
+    columns = _columns(problem.order, problem.format.tile)
+    index = columns.unsqueeze(-1).expand(-1, -1, problem.weights.shape[-2])
+    dense = problem.weights.mT.gather(-2, index)
+    codes, values = _repay(problem, dense)
+    if options.sweeps:
+        hessian = _permute(problem.hessian, columns)
+        for _ in range(options.sweeps):
+            codes, values = _refine(problem, hessian, dense, codes, values)
+    return torch.empty_like(codes).scatter_(-2, index, codes).mT
 
 
-def _repay(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """The GPTQ pass, tile by tile in `order`; columns are kept permuted until the end."""
-    tile, store = problem.format.tile, problem.format
-    columns = _columns(problem.order, tile)
-    index = columns.unsqueeze(-2).expand_as(problem.weights)
-    work = problem.weights.gather(-1, index)
-    values = torch.empty_like(work)
-    codes = torch.empty_like(work, dtype=torch.uint8)
-    panel = -(-PANEL // tile) * tile
-    for first in range(0, work.shape[-1], panel):
-        last = min(first + panel, work.shape[-1])
-        errors = torch.empty_like(work[..., first:last])
-        for start in range(first, last, tile):
-            stop = start + tile
-            code, value = store.round(
-                work[..., start:stop],
-                problem.scales,
-                problem.order[:, start // tile] * tile,
-                problem.options,
-            )
-            codes[..., start:stop], values[..., start:stop] = code, value
-            error = _divided(work[..., start:stop] - value, problem.factor, start, stop)
-            work[..., stop:last] -= error @ problem.factor[:, start:stop, stop:last]
-            errors[..., start - first : stop - first] = error
-        work[..., last:] -= errors @ problem.factor[:, first:last, last:]
-    back = torch.empty_like(index).scatter_(-1, index, _arange_like(index))
-    return codes.gather(-1, back), values.gather(-1, back)
+# Both passes below work on transposed matrices [B, K, N] in rounding order: a column of the weight
+# is then contiguous, and the update of its panel is an outer product of two contiguous vectors.
 
 
-def _arange_like(index: torch.Tensor) -> torch.Tensor:
-    return torch.arange(index.shape[-1], device=index.device).expand_as(index)
-
-
-def _divided(error: torch.Tensor, factor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """error · U_TT⁻¹."""
-    if stop - start == 1:
-        return error / factor[:, start:stop, start:stop]
-    return torch.linalg.solve_triangular(
-        factor[:, start:stop, start:stop], error, upper=True, left=False
-    )
-
-
-def _refine(
-    problem: Problem, codes: torch.Tensor, values: torch.Tensor
+def _round_tile(
+    problem: Problem, target: torch.Tensor, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinate descent: each tile re-rounded to its optimum given all others."""
-    tile, hessian = problem.format.tile, problem.hessian
-    gradient = (problem.weights - values) @ hessian
-    for step in range(problem.order.shape[-1]):
-        start = problem.order[:, step] * tile
-        columns = (start.unsqueeze(-1) + torch.arange(tile, device=start.device)).unsqueeze(-2)
-        index = columns.expand(-1, values.shape[-2], -1)
-        rows = hessian.gather(-2, columns.mT.expand(-1, -1, hessian.shape[-1]))
-        block = rows.gather(-1, columns.expand(-1, tile, -1))
-        old = values.gather(-1, index)
-        target = old + _solved(gradient.gather(-1, index), block)
-        code, value = problem.format.round(target, problem.scales, start, problem.options)
-        codes.scatter_(-1, index, code)
-        values.scatter_(-1, index, value)
-        gradient -= (value - old) @ rows
+    """Codes and values [B, tile, N] of `target` [B, tile, N], the `tile`-th in order."""
+    start = problem.order[:, tile] * problem.format.tile
+    code, value = problem.format.round(target.mT, problem.scales, start, problem.options)
+    return code.mT, value.mT
+
+
+def _panels(n_columns: int, tile: int) -> list[tuple[int, int]]:
+    size = -(-PANEL // tile) * tile
+    return [(first, min(first + size, n_columns)) for first in range(0, n_columns, size)]
+
+
+def _repay(problem: Problem, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The GPTQ pass over `dense` [B, K, N], tile by tile. Returns codes and values [B, K, N]."""
+    tile, work = problem.format.tile, dense.clone()
+    values, codes = torch.empty_like(work), torch.empty_like(work, dtype=torch.uint8)
+    for first, last in _panels(work.shape[-2], tile):
+        upper = problem.factor[:, first:last].mT.contiguous()  # row k: what column k is owed
+        errors = torch.empty_like(work[:, first:last])
+        for start in range(first, last, tile):
+            stop, begin, end = start + tile, start - first, start + tile - first
+            code, value = _round_tile(problem, work[:, start:stop], start // tile)
+            codes[:, start:stop], values[:, start:stop] = code, value
+            error = _divided(work[:, start:stop] - value, problem.factor[:, start:stop, start:stop])
+            errors[:, begin:end] = error
+            work[:, stop:last].baddbmm_(upper[:, stop:last, begin:end], error, alpha=-1)
+        work[:, last:].baddbmm_(upper[:, last:], errors, alpha=-1)
     return codes, values
 
 
-def _solved(gradient: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """gradient · H_TT⁻¹."""
+def _divided(error: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """U_TT⁻ᵀ · error, for error [B, tile, N]."""
+    if factor.shape[-1] == 1:
+        return error / factor
+    return torch.linalg.solve_triangular(factor.mT, error, upper=False)
+
+
+def _refine(
+    problem: Problem,
+    hessian: torch.Tensor,
+    dense: torch.Tensor,
+    codes: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinate descent: each tile re-rounded to its optimum given all others. All [B, K, N]."""
+    tile = problem.format.tile
+    codes, values = codes.clone(), values.clone()
+    gradient = hessian @ (dense - values)
+    for first, last in _panels(dense.shape[-2], tile):
+        local = gradient[:, first:last].clone()
+        changes = torch.empty_like(local)
+        for start in range(first, last, tile):
+            stop, begin, end = start + tile, start - first, start + tile - first
+            old = values[:, start:stop].clone()
+            step = _solved(hessian[:, start:stop, start:stop], local[:, begin:end])
+            code, value = _round_tile(problem, old + step, start // tile)
+            codes[:, start:stop], values[:, start:stop] = code, value
+            changes[:, begin:end] = change = value - old
+            local[:, end:].baddbmm_(hessian[:, stop:last, start:stop], change, alpha=-1)
+        gradient.baddbmm_(hessian[:, :, first:last], changes, alpha=-1)
+    return codes, values
+
+
+def _solved(block: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """H_TT⁻¹ · gradient, for gradient [B, tile, N]."""
     if block.shape[-1] == 1:
         return gradient / block
-    return torch.linalg.solve(block, gradient, left=False)
+    return torch.linalg.solve(block, gradient)
 
 
 PASS = Pass(

@@ -58,9 +58,14 @@ def test_blocks_in_turn_give_the_models_logits(arch: str, tmp_path: Path) -> Non
     ],
 )
 def test_sixteen_bit_graphs_are_bit_equal(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
     graph = _open(arch, tmp_path, dtype)
     tokens = make_tokens(2, 12)
     expected = _reference(tmp_path, tokens, dtype=dtype, experts_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    dtypes = {name: tensor.dtype for name, tensor in graph._model.state_dict().items()}
+    assert dtypes == {name: tensor.dtype for name, tensor in loaded.items()}
     assert torch.equal(_logits(graph, tokens, batch=2), expected)
 
 

@@ -157,13 +157,14 @@ class _Odd(nn.Module):
         self.norm = _Doubled(6)
         self.plain = nn.RMSNorm(6, eps=1e-5)
         self.a, self.b, self.twice = (nn.Linear(6, 6, bias=False) for _ in range(3))
+        self.before, self.after = (nn.Linear(6, 6, bias=False) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.norm(x)
         changed = self.plain(x)
-        out = self.a(normed) + self.b(changed + 1e-3) + self.twice(normed)
-        changed = changed.mul_(0.5)
-        return out + self.twice(changed)
+        out = self.a(normed) + self.b(changed + 1e-3) + self.twice(normed) + self.before(changed)
+        changed.mul_(0.5)
+        return out + self.twice(changed) + self.after(changed)
 
 
 class _OneBlock:
@@ -194,4 +195,7 @@ def test_nothing_is_claimed_that_the_numbers_do_not_show() -> None:
     assert first is not None and first.name == "odd.norm" and first.kind is None
     assert uses["odd.b.weight"].norm is None  # nearly a norm's output is not one
     assert uses["odd.twice.weight"].norm is None  # its second input is not a norm's output
-    assert len({use.input_key for use in structure.linears}) == 3
+    before = uses["odd.before.weight"].norm
+    assert before is not None and (before.name, before.kind) == ("odd.plain", "rms")
+    assert uses["odd.after.weight"].norm is None  # written to in between
+    assert len({use.input_key for use in structure.linears}) == 5

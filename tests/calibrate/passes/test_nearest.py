@@ -1,0 +1,43 @@
+"""Nearest rounding: chunks change nothing, experts and odd sizes are kept apart."""
+
+import pytest
+import torch
+
+from fewbit.calibrate.passes import nearest
+from fewbit.quant.block import Block, Weight
+from fewbit.quant.format import dequantize, find_format
+
+STORE = find_format("int_group")
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (3, 7, 200), (1, 16)])
+@pytest.mark.parametrize("group", [16, 128, "row"])
+def test_chunked_equals_whole(shape, group, monkeypatch):
+    options = STORE.Options(bits=5, group=group, symmetric=False)
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = Weight("w", value, "int_group", options)
+    whole = nearest.round_nearest(weight)
+    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", shape[-1])
+    chunked = nearest.round_nearest(weight)
+    for (name, a), (other, b) in zip(whole.named_parts(), chunked.named_parts(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert whole.shape == shape
+
+
+def test_error_is_at_most_half_a_step():
+    options = STORE.Options(bits=8, group=32, symmetric=False)
+    value = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight = Weight("w", value, "int_group", options)
+    nearest.PASS.run(Block("b", [weight]), {}, nearest.NearestOptions())
+    step = weight.packed.terms[0].parts["scale_group"].float().repeat_interleave(32, dim=1)
+    assert ((value - dequantize(weight.packed)).abs() <= step * 0.501).all()
+
+
+def test_weights_that_are_packed_already_stay():
+    options = STORE.Options()
+    weight = Weight("w", torch.randn(4, 128), "int_group", options)
+    weight.packed = nearest.round_nearest(weight)
+    before = weight.packed
+    nearest.PASS.run(Block("b", [weight]), {}, nearest.NearestOptions())
+    assert weight.packed is before

@@ -1,0 +1,28 @@
+"""A problem prints all that a kernel may refuse it for."""
+
+import torch
+
+from fewbit.quant.formats.int_group import IntGroupOptions
+from fewbit.quant.kernel import Problem
+
+
+def test_problem_prints_one_line() -> None:
+    problem = Problem(
+        format="int_group",
+        options=IntGroupOptions(bits=3, group="row", symmetric=False),
+        n_terms=1,
+        m_bucket=48,
+        n=4096,
+        k=11008,
+        dtype=torch.bfloat16,
+        device="cpu",
+    )
+    assert str(problem) == (
+        "linear int_group bits=3 group=row symmetric=False scale=fp16 N=4096 K=11008 M<=48 "
+        "bfloat16 cpu"
+    )
+
+
+def test_number_of_terms_is_printed_if_it_matters() -> None:
+    problem = Problem("int_group", IntGroupOptions(), 2, 1, 8, 16, torch.float32, "cuda")
+    assert " terms=2 N=8 K=16 M<=1 float32 cuda" in str(problem)

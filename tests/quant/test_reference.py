@@ -1,0 +1,118 @@
+"""The oracle itself, against float64 and against autograd of a dense weight."""
+
+import pytest
+import torch
+
+from fewbit.quant import reference
+from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
+from fewbit.quant.kernel import Problem
+from fewbit.quant.packed import PackedTensor, Term
+
+
+def pack(weight: torch.Tensor, *options: IntGroupOptions) -> PackedTensor:
+    """One term for each of `options`, each rounding what the earlier ones left."""
+    terms, rest = [], weight
+    for option in options:
+        extra = FORMAT.padded_k(weight.shape[-1], option) - weight.shape[-1]
+        full = torch.nn.functional.pad(rest, (0, extra))
+        scales = FORMAT.fit(full, option)
+        codes, values = FORMAT.round(full, scales, 0, option)
+        terms.append(Term("int_group", option, FORMAT.pack(codes, scales, option)))
+        rest = rest - values[..., : weight.shape[-1]]
+    return PackedTensor(tuple(weight.shape), tuple(terms))
+
+
+def decode_by_hand(packed: PackedTensor) -> torch.Tensor:
+    """float64 weight, element by element from the stored bits."""
+    n, k = packed.shape
+    weight = torch.zeros(n, k, dtype=torch.float64)
+    for term in packed.terms:
+        bits = term.options.bits
+        group = FORMAT.group_size(k, term.options)
+        for row in range(n):
+            stream = int.from_bytes(bytes(term.parts["codes"][row].tolist()), "little")
+            for column in range(k):
+                code = stream >> (column * bits) & (2**bits - 1)
+                scale = float(term.parts["scale_group"][row, column // group])
+                zero = 2 ** (bits - 1)
+                if not term.options.symmetric:
+                    zero = int(term.parts["zero_group"][row, column // group])
+                weight[row, column] += (code - zero) * scale
+    return weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (IntGroupOptions(4, 16),),
+        (IntGroupOptions(3, 16, symmetric=False),),
+        (IntGroupOptions(5, "row", scale="bf16"),),
+        (IntGroupOptions(2, 32), IntGroupOptions(3, 16, symmetric=False)),
+    ],
+)
+def test_linear_is_the_product_with_the_decoded_weight(
+    options: tuple[IntGroupOptions, ...],
+) -> None:
+    torch.manual_seed(0)
+    packed = pack(torch.randn(5, 41), *options)
+    weight = decode_by_hand(packed)
+    x = torch.randn(2, 3, 41)
+    y = reference.linear(x, packed)
+    assert y.shape == (2, 3, 5) and y.dtype == torch.float32
+    assert torch.allclose(y.double(), x.double() @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_weight_is_rounded_once_to_the_dtype_of_x(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    packed = pack(torch.randn(8, 32), IntGroupOptions(2, 32), IntGroupOptions(3, 32))
+    weight = decode_by_hand(packed).float().to(dtype)
+    x = torch.randn(3, 32).to(dtype)
+    expected = torch.nn.functional.linear(x, weight)
+    y = reference.linear(x, packed)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
+def test_gradient_reaches_x() -> None:
+    torch.manual_seed(2)
+    packed = pack(torch.randn(4, 16), IntGroupOptions(4, 16))
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: reference.linear(value, packed), (x,))
+
+
+def test_backward_keeps_no_dense_weight() -> None:
+    """Between forward and backward only x may be alive, not a copy of the weight."""
+    packed = pack(torch.randn(64, 64), IntGroupOptions(4, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(tuple(t.shape)), t)[1], lambda t: t
+    ):
+        y = reference.linear(x, packed)
+    y.sum().backward()
+    assert (64, 64) not in kept
+    expected = reference.dense(packed, torch.float32).sum(0).expand(2, 64)
+    assert torch.allclose(x.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_decode_with_their_leading_axis() -> None:
+    torch.manual_seed(3)
+    weight = torch.randn(3, 4, 16)
+    whole = reference.dense(pack(weight, IntGroupOptions(4, 16)), torch.float32)
+    for expert in range(3):
+        alone = reference.dense(pack(weight[expert], IntGroupOptions(4, 16)), torch.float32)
+        assert torch.equal(whole[expert], alone)
+
+
+def test_the_kernel_never_refuses() -> None:
+    kernel = reference.KERNEL
+    for dtype in (torch.float64, torch.float16):
+        for device in ("cpu", "cuda", "meta"):
+            problem = Problem("any", IntGroupOptions(), 7, 4096, 3, 5, dtype, device)
+            assert kernel.refuse(problem) == ()
+            assert kernel.seconds(problem) > 0
+    packed = pack(torch.randn(4, 16), IntGroupOptions())
+    x = torch.randn(2, 16)
+    y = kernel.launch(x, kernel.prepare(packed, x.dtype))
+    assert torch.equal(y, reference.linear(x, packed))
