@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import torch
@@ -34,7 +35,7 @@ from ..quant.errors import CalibrationError, CheckpointError
 from ..quant.names import NameMap, slot_view
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Keys of config.json that say how the source is stored or was once run.
@@ -106,6 +107,24 @@ def build_skeleton(
         hook.remove()
     _keep_in_fp32(model, dtype)
     return model.eval()
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """CalibrationError unless a block-wise graph can be built from the contents of config.json."""
+    find_blocks(build_skeleton(config, torch.bfloat16))
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a checkpoint's folder; CalibrationError if there is none that opens."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"no tokenizer opens in {folder}: {str(error).splitlines()[0]}; copy the model's "
+            "tokenizer files there, or use a recipe without calibration"
+        ) from error
 
 
 def _clean_config(config: "PretrainedConfig | Mapping[str, Any]") -> "PretrainedConfig":
@@ -311,10 +330,10 @@ class ModelGraph:
         """Logits [b, T, vocabulary] from the hidden state after the last block."""
         hidden = hidden.to(self.device)
 
-        def pass_through(index: int) -> Callable[..., torch.Tensor]:
-            return lambda *args, **kwargs: hidden
+        def give(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return hidden
 
-        with torch.no_grad(), self._outer_on_demand(), self._stand_ins(pass_through):
+        with torch.no_grad(), self._outer_on_demand(), self._stand_ins(lambda index: give):
             return self._model(inputs_embeds=hidden, use_cache=False).logits
 
     def _capture(self, tokens: torch.Tensor) -> BlockInput:

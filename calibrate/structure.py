@@ -70,17 +70,26 @@ class WeightUse:
 class Structure:
     """Facts of one block.
 
-    linears: matrices, routers among them. experts: stacks [E, .., ..].
+    uses: every weight that multiplies activations, in order of first use.
     unseen: parameters with two or more axes that no watched product used.
     """
 
-    linears: tuple[WeightUse, ...]
-    experts: tuple[WeightUse, ...]
+    uses: tuple[WeightUse, ...]
     unseen: tuple[str, ...]
+
+    @property
+    def linears(self) -> tuple[WeightUse, ...]:
+        """Matrices, routers among them."""
+        return tuple(use for use in self.uses if use.role != "experts")
+
+    @property
+    def experts(self) -> tuple[WeightUse, ...]:
+        """Stacks [E, .., ..]."""
+        return tuple(use for use in self.uses if use.role == "experts")
 
     def find(self, parameter: str) -> WeightUse | None:
         """The use of `parameter`, or None if it was not seen."""
-        for use in (*self.linears, *self.experts):
+        for use in self.uses:
             if use.parameter == parameter:
                 return use
         return None
@@ -130,12 +139,10 @@ def find_structure(graph: ModelGraph, index: int, inputs: BlockInput) -> Structu
             keys[name],
             _common_norm(uses[name]),
         )
-        for name in parameters
-        if name in uses
+        for name in uses
     ]
     return Structure(
-        linears=tuple(use for use in found if use.role != "experts"),
-        experts=tuple(use for use in found if use.role == "experts"),
+        uses=tuple(found),
         unseen=tuple(n for n, item in parameters.items() if item.dim() >= 2 and n not in uses),
     )
 

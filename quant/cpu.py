@@ -7,10 +7,10 @@ dense_cached   decodes once, keeps the weight     M > 4, and every fp32 and fp16
 dense_chunked  decodes row blocks at every call   as dense_cached, when the RAM budget is used up
 
 Maths of int4pack. The operator computes (q − 8)·s + z, with s and z in bf16 for each group; a stored
-weight is (code − zero)·scale. So s = scale and, for symmetric weights of b ≤ 4 bits,
-q = code + 8 − 2^(b−1), z = 0; for asymmetric ones q = code, z = (8 − zero)·scale. Products and sums
-are fp32 inside, so what is lost is the bf16 rounding of s and z (2^-9 relative, as much as
-`reference` loses by rounding each weight to bf16) and of y. s has a sign: so do our scales.
+weight of b ≤ 4 bits is (code − zero)·scale. So q = code + 8 − h, s = scale, z = (h − zero)·scale with
+h = 2^(b−1), the zero of symmetric weights. Centring the codes keeps z small: it is rounded as a whole.
+Products and sums are fp32 inside, so what is lost is the bf16 rounding of s and z (2^-9 relative, as
+much as `reference` loses by rounding each weight to bf16) and of y. s has a sign: so do our scales.
 
 The time of int4pack and int8pack grows with M from the first row on, that of a dense product does
 not; hence their limit. Up to M = 32 they still beat decoding the weight at every call, so there
@@ -267,7 +267,7 @@ def _prepare_int4(packed: PackedTensor, dtype: torch.dtype) -> Int4Layout:
     if options.symmetric:
         zero = torch.zeros_like(scale)
     else:
-        zero = (8 - term.parts["zero_group"].float()) * scale
+        zero = ((1 << (options.bits - 1)) - term.parts["zero_group"].float()) * scale
     scale_zero = torch.stack([scale, zero], dim=-1).to(torch.bfloat16)
     if options.group == "row":
         scale_zero = scale_zero.expand(-1, k_padded // group, -1)
@@ -275,9 +275,7 @@ def _prepare_int4(packed: PackedTensor, dtype: torch.dtype) -> Int4Layout:
 
 
 def _pack_int4(rows: torch.Tensor, options: IntGroupOptions) -> torch.Tensor:
-    codes = unpack_bits(rows, options.bits).int()
-    if options.symmetric:
-        codes += 8 - (1 << (options.bits - 1))
+    codes = unpack_bits(rows, options.bits).int() + 8 - (1 << (options.bits - 1))
     inner_k_tiles = 1  # without effect on the CPU; the operator's signature has it
     return torch._convert_weight_to_int4pack_for_cpu(codes, inner_k_tiles)
 

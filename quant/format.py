@@ -56,6 +56,13 @@ class Format(Protocol):
         """Stored parts of a weight of `shape` [..., N, K]. FormatError if the shape is impossible."""
         ...
 
+    def padded_shape(
+        self, part_shapes: Mapping[str, tuple[int, ...]], options: Any
+    ) -> tuple[int, ...]:
+        """[..., N, padded K] of the weight whose stored parts have these shapes; FormatError if
+        they cannot be told from them."""
+        ...
+
     def fit(self, weight: torch.Tensor, options: Any, clip: torch.Tensor | None = None) -> Parts:
         """Scales of `weight` fp32 [..., N, padded K]; `clip` [..., N, groups] in (0, 1] shrinks the
         range that a group covers. Scales come back as stored (already rounded to their dtype)."""

@@ -104,6 +104,15 @@ class IntGroup:
             specs["zero_group"] = PartSpec(torch.uint8, (*rows, n_groups))
         return specs
 
+    def padded_shape(
+        self, part_shapes: Mapping[str, tuple[int, ...]], options: IntGroupOptions
+    ) -> tuple[int, ...]:
+        """[..., N, Kp], told from the shape of `codes`."""
+        shape = part_shapes.get("codes", ())
+        if len(shape) < 2:
+            raise FormatError(f"int_group: codes must be [..., N, bytes], got {list(shape)}")
+        return (*shape[:-1], shape[-1] * 8 // options.bits)
+
     def bits(self, shape: tuple[int, ...], options: IntGroupOptions) -> float:
         """Stored bits per weight, padding and scales included."""
         stored = sum(spec.n_bytes for spec in self.part_specs(shape, options).values())

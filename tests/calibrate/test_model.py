@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from fewbit.calibrate.model import ModelGraph, build_skeleton, find_blocks
+from fewbit.calibrate.model import (
+    ModelGraph,
+    build_skeleton,
+    check_architecture,
+    find_blocks,
+    load_tokenizer,
+)
 from fewbit.quant.errors import CalibrationError, CheckpointError
 from tiny_models import ARCHITECTURES, MemorySource, make_config, make_model, make_tokens, save
 
@@ -195,7 +201,22 @@ def test_how_the_source_was_stored_is_not_part_of_the_graph() -> None:
 @pytest.mark.parametrize("model_type", ["no_such_model", None, "vit"])
 def test_an_unknown_architecture_is_refused_by_name(model_type: str | None) -> None:
     with pytest.raises(CalibrationError, match=repr(model_type)):
-        build_skeleton({"model_type": model_type}, torch.float32)
+        check_architecture({"model_type": model_type})
+
+
+def test_covered_architectures_pass_the_check() -> None:
+    for arch in ARCHITECTURES:
+        check_architecture(make_config(arch).to_dict())
+
+
+def test_a_missing_tokenizer_is_an_error_and_a_present_one_opens(tmp_path: Path) -> None:
+    from fewbit import quant
+
+    bundled = Path(quant.__file__).parent / "data" / "tiny-llama"
+    assert load_tokenizer(bundled)("hello world")["input_ids"]
+    save("llama", tmp_path)
+    with pytest.raises(CalibrationError, match="no tokenizer opens"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])

@@ -47,7 +47,7 @@ def codes_of(problem: Problem, name: str) -> set[str]:
 
 
 def agrees_with_float64(name: str, packed: PackedTensor, m: int) -> None:
-    """The kernel's bf16 result errs no more than 1.5 times what the reference errs, both against
+    """The kernel's bf16 result errs no more than twice what the reference errs, both against
     float64; weights and inputs have a mean and outliers, so that offsets count."""
     n, k = packed.shape
     x = torch.randn(m, k) + 0.5
@@ -58,7 +58,7 @@ def agrees_with_float64(name: str, packed: PackedTensor, m: int) -> None:
     assert KERNELS[name].refuse(problem) == ()
     y = run(KERNELS[name], packed, x)
     assert y.shape == (m, n) and y.dtype == BF16
-    assert relative(y, exact) <= 1.5 * relative(reference.linear(x, packed), exact) + 1e-4
+    assert relative(y, exact) <= 2 * relative(reference.linear(x, packed), exact) + 1e-4
 
 
 @vectorised

@@ -1,0 +1,126 @@
+"""GPTQ W4A16 g128 of the bundled model, ours beside llm-compressor, in the same run.
+
+    python -m venv peers && peers/bin/pip install llmcompressor
+    python -m bench.peers --python peers/bin/python -o bench/results/peers_gptq_cpu.json
+
+Both quantize the bundled model with 128 windows of 256 tokens of the bundled text and are timed
+around the quantization itself (imports and tokenising excluded), in turns. Both results are then
+evaluated by the same code: dequantized weights, fp32, 219 windows of 256 tokens.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent.parent / "quant" / "data"
+SAMPLES, LENGTH = 128, 256
+
+_OURS = f"""
+import json, sys, time
+import torch, transformers
+from fewbit.quant.pipeline import quantize
+import fewbit.calibrate.model
+out, seed = sys.argv[1], int(sys.argv[2])
+started = time.perf_counter()
+quantize({str(DATA / "tiny-llama")!r}, out, recipe="w4a16", samples={SAMPLES}, length={LENGTH},
+         seed=seed)
+print(json.dumps({{"seconds": time.perf_counter() - started}}))
+"""
+
+_PEER = f"""
+import json, sys, time
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+out, seed = sys.argv[1], int(sys.argv[2])
+source = {str(DATA / "tiny-llama")!r}
+tokenizer = AutoTokenizer.from_pretrained(source)
+text = open({str(DATA / "calib.txt")!r}, encoding="utf-8").read()
+ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+generator = torch.Generator().manual_seed(seed)
+starts = torch.randint(0, len(ids) - {LENGTH}, ({SAMPLES},), generator=generator)
+rows = [ids[s : s + {LENGTH}].tolist() for s in starts.tolist()]
+data = Dataset.from_dict({{"input_ids": rows, "attention_mask": [[1] * {LENGTH}] * {SAMPLES}}})
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+started = time.perf_counter()
+oneshot(model=model, dataset=data, recipe=recipe, max_seq_length={LENGTH},
+        num_calibration_samples={SAMPLES})
+seconds = time.perf_counter() - started
+dense = {{}}
+for name, module in model.named_modules():
+    if hasattr(module, "weight_scale"):
+        group = module.weight.shape[1] // module.weight_scale.shape[1]
+        scale = module.weight_scale.float().repeat_interleave(group, dim=1)
+        dense[name + ".weight"] = (module.weight.float() / scale).round().clamp(-8, 7) * scale
+torch.save(dense, out)
+print(json.dumps({{"seconds": seconds}}))
+"""
+
+
+def run(python: str, code: str, out: str, seed: int) -> float:
+    """Seconds that the quantization itself took, from the last line of the process's output."""
+    done = subprocess.run(
+        [python, "-c", code, out, str(seed)], check=True, capture_output=True, text=True
+    )
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+
+
+def peer_ratio(path: str) -> float:
+    """Perplexity ratio of the peer's dequantized weights, by our evaluation."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fewbit.calibrate.data import bundled_text
+    from fewbit.quant.evaluate import evaluate_model, evaluation_windows
+
+    source = DATA / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = evaluation_windows(bundled_text("eval"), tokenizer, LENGTH)
+    models = [AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2)]
+    models[1].load_state_dict(torch.load(path, weights_only=True), strict=False)
+    return float(evaluate_model(models[1], windows, reference_model=models[0]).perplexity_ratio)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", required=True, help="python of the peer's environment")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--out", default="bench/results/peers_gptq_cpu.json")
+    options = parser.parse_args()
+    from fewbit.quant.evaluate import evaluate
+
+    ours, peers, our_ratios, peer_ratios = [], [], [], []
+    with tempfile.TemporaryDirectory(prefix="fewbit-peers-") as folder:
+        for seed in range(options.rounds):
+            mine, theirs = str(Path(folder) / f"ours{seed}"), str(Path(folder) / f"peer{seed}.pt")
+            ours.append(run(sys.executable, _OURS, mine, seed))
+            peers.append(run(options.python, _PEER, theirs, seed))
+            against = DATA / "tiny-llama"
+            our_ratios.append(evaluate(mine, against=against, length=LENGTH).perplexity_ratio)
+            peer_ratios.append(peer_ratio(theirs))
+            print(seed, ours[-1], peers[-1], our_ratios[-1], peer_ratios[-1], flush=True)
+    result = {
+        "command": "python -m bench.peers --python PEER_PYTHON",
+        "work": f"bundled model, W4A16 g128 GPTQ, {SAMPLES} x {LENGTH} tokens",
+        "cores": os.cpu_count(),
+        "fewbit_seconds": ours,
+        "llmcompressor_seconds": peers,
+        "time_ratio_of_medians": statistics.median(ours) / statistics.median(peers),
+        "fewbit_perplexity_ratios": our_ratios,
+        "llmcompressor_perplexity_ratios": peer_ratios,
+    }
+    Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

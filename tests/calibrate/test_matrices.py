@@ -1,0 +1,64 @@
+"""Matrices: weights with one input are joined, equal experts are stacked, and both find back."""
+
+import torch
+
+from fewbit.calibrate.matrices import Rounded, batches, expert_key, matrices
+from fewbit.calibrate.protocol import Moments
+from fewbit.quant.block import Block, Weight
+from fewbit.quant.format import dequantize, find_format
+
+STORE = find_format("int_group")
+
+
+def weight(name, shape, key="", bits=4):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+    return Weight(name, value, "int_group", STORE.Options(bits=bits, group=16), input_key=key)
+
+
+def test_rows_of_one_input_are_joined_unless_their_format_differs():
+    block = Block("b", [
+        weight("q", (4, 32), "x"), weight("kk", (2, 32), "x"), weight("vvv", (2, 32), "x", bits=8),
+        weight("oooo", (4, 32)),
+    ])  # fmt: skip
+    found = list(matrices(block, {}))
+    assert [[p.weight.name for p in m.pieces] for m in found] == [["q", "kk"], ["vvv"], ["oooo"]]
+    assert [(p.start, p.stop) for p in found[0].pieces] == [(0, 4), (4, 6)]
+    assert found[0].n == 6
+
+
+def test_experts_are_batched_within_the_memory_bound():
+    stats = {expert_key("e", i): Moments(torch.eye(32) * (i + 1), 10) for i in range(5)}
+    block = Block("b", [weight("up", (5, 4, 32), "e"), weight("gate", (5, 2, 32), "e")])
+    found = list(matrices(block, stats))
+    assert len(found) == 5
+    whole = list(batches(found))
+    assert [len(b.matrices) for b in whole] == [5]
+    assert whole[0].values().shape == (5, 6, 32)
+    assert torch.equal(whole[0].hessians()[3], torch.eye(32) * 4)
+    assert [len(b.matrices) for b in batches(found, max_bytes=2 * 4 * 32 * 32)] == [2, 2, 1]
+
+
+def test_padding_is_zero_in_values_and_statistics():
+    block = Block("b", [weight("q", (4, 20), "x")])
+    batch = next(batches(list(matrices(block, {"x": Moments(torch.ones(20, 20), 1)}))))
+    assert batch.padded_k == 32
+    assert batch.values()[..., 20:].abs().sum() == 0
+    assert batch.hessians()[:, 20:].abs().sum() == 0
+    assert batch.hessians()[:, :, 20:].abs().sum() == 0
+    assert batch.hessians().sum() == 400
+
+
+def test_rounded_codes_return_to_their_weights():
+    members = [weight("q", (4, 32), "x"), weight("kk", (2, 32), "x"), weight("e", (3, 4, 32), "e")]
+    rounded = Rounded()
+    for batch in batches(list(matrices(Block("b", members), {}))):
+        scales = STORE.fit(batch.values(), batch.options)
+        codes, _ = STORE.round(batch.values(), scales, 0, batch.options)
+        rounded.put(batch, codes, scales)
+    for member in members:
+        found = dequantize(rounded.pack(member))
+        assert found.shape == member.value.shape
+        assert (found - member.value).abs().max() < 0.3
+        scales = STORE.fit(member.value, member.options)
+        _, expected = STORE.round(member.value, scales, 0, member.options)
+        assert torch.equal(found, expected)
