@@ -107,10 +107,10 @@ class MomentSums:
     """Running sums of x xᵀ for the inputs of one stage."""
 
     def __init__(self, stage: Stage, later: frozenset[str]) -> None:
-        self._owners = {}
+        owners: dict[str, str] = {}  # the first parameter of an input counts for all
         for operand in stage.operands:
-            self._owners.setdefault(operand.input_key, operand.parameter)
-        self._keys = {parameter: key for key, parameter in self._owners.items()}
+            owners.setdefault(operand.input_key, operand.parameter)
+        self._keys = {parameter: key for key, parameter in owners.items()}
         self._experts = stage.experts
         self._later = later
         self._sums: dict[str, torch.Tensor] = {}

@@ -37,10 +37,12 @@ Fetch = Callable[[str, int, int], torch.Tensor]  # stored name, start row, stop 
 DEFAULT_BLOCK = (128, 128)  # what the config means when it says nothing
 CHUNK = 2**22  # float32 numbers decoded at a time: 16 MiB
 MX_GROUP = 32  # numbers that share a scale
-NOT_READ = (".qweight", ".weight_packed", ".weight.absmax", "._weight_qdata", "._packed_params")
-_FLOAT8 = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)} & {
-    getattr(torch, name, None)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+NOT_READ = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_weight_qdata")
+_FLOAT8 = {
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
 }
 _E8M0 = {torch.uint8, getattr(torch, "float8_e8m0fnu", torch.uint8)}
 _SCALE_DTYPES = {torch.float32, torch.bfloat16, torch.float16} | _E8M0
@@ -96,14 +98,12 @@ def logical_tensors(
         if name in companions:
             continue
         tensor = found.get(name) or _plain(entry, entries)
-        if tensor.info.name in logical or (
-            tensor.info.name != name and tensor.info.name in entries
-        ):
+        own = tensor.info.name
+        if own != name and own in entries:
             raise CheckpointError(
-                f"{tensor.info.name!r} is stored twice, plainly and as {tensor.weight!r}; "
-                f"remove one of them from the checkpoint"
+                f"{own!r} is stored twice, plainly and as {name!r}; remove one of them"
             )
-        logical[tensor.info.name] = tensor
+        logical[own] = tensor
     return logical
 
 
@@ -127,7 +127,7 @@ def decode_rows(tensor: LogicalTensor, fetch: Fetch, start: int, stop: int) -> t
 def decode_fp8(
     weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first_row: int = 0
 ) -> torch.Tensor:
-    """bf16 [.., N, K] from float8 [.., N, K] and multipliers [.., blocks of rows, blocks of columns].
+    """bf16 [.., N, K] from float8 [.., N, K] and scales [.., row blocks, column blocks].
 
     `first_row` is the place of row 0 of `weight` in the first block of rows.
     """
@@ -140,7 +140,8 @@ def decode_fp8(
     # numpy, because torch's threads cost more than they save on pieces of this size (measured).
     for index in range(n_blocks):
         columns = slice(index * block[1], min((index + 1) * block[1], n_columns))
-        values[..., columns] *= factors[..., index : index + 1]
+        with np.errstate(over="ignore", invalid="ignore"):  # the reader names NaN and Inf
+            values[..., columns] *= factors[..., index : index + 1]
     return torch.from_numpy(values).to(torch.bfloat16).reshape(*lead, n_rows, n_columns)
 
 
@@ -164,11 +165,12 @@ def _plain(entry: Entry, entries: Mapping[str, Entry]) -> LogicalTensor:
             f"({', '.join(_scale_names(name))}); give the checkpoint with its scales, or the "
             f"16-bit original"
         )
-    packed = not entry.dtype.is_floating_point and len(entry.shape) >= 2
-    if packed and (name.endswith(NOT_READ) or any(n in entries for n in _scale_names(name))):
+    integers = not entry.dtype.is_floating_point and len(entry.shape) >= 2
+    scaled = integers and any(other in entries for other in _scale_names(name))
+    if scaled or name.endswith(NOT_READ):
         raise CheckpointError(
-            f"{name!r} is a packed low-bit weight ({_short(entry.dtype)} {list(entry.shape)}) in an "
-            f"encoding that is not read; FP8 with scales and MXFP4 are. Give the 16-bit original"
+            f"{name!r} ({_short(entry.dtype)} {list(entry.shape)}) belongs to a low-bit encoding "
+            f"that is not read; FP8 with scales and MXFP4 are. Give the 16-bit original"
         )
     return LogicalTensor(TensorInfo(name, entry.shape, entry.dtype, n_bytes, "plain"), name)
 
@@ -247,9 +249,9 @@ def _scale_grid(
 
 def _mxfp4(blocks: Entry, scales: Entry | None) -> LogicalTensor:
     if scales is None:
+        wanted = blocks.name.removesuffix("_blocks") + "_scales"
         raise CheckpointError(
-            f"{blocks.name!r} has no {blocks.name.removesuffix('_blocks') + '_scales'!r} beside it; "
-            f"download the checkpoint again"
+            f"{blocks.name!r} has no {wanted!r} beside it; download the checkpoint again"
         )
     shape = blocks.shape
     fits = len(shape) == 4 and shape[3] == MX_GROUP // 2 and scales.shape == shape[:3]
@@ -296,7 +298,7 @@ def _multipliers(scale: torch.Tensor) -> torch.Tensor:
 
 def _exponent_table() -> np.ndarray[Any, np.dtype[np.float32]]:
     """fp32 value of each E8M0 byte."""
-    table = np.ldexp(np.ones(256, np.float64), np.arange(256) - 127).astype(np.float32)
+    table = np.ldexp(np.ones(256, np.float32), np.minimum(np.arange(256), 254) - 127)
     table[255] = np.nan
     return table
 

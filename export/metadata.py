@@ -236,4 +236,4 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{path}: written by format version {version}, this fewbit reads up to {VERSION}; "
             f"upgrade with: pip install -U fewbit"
         )
-    return manifest  # type: ignore[no-any-return]
+    return manifest

@@ -14,6 +14,7 @@ memory-mapped file in the output folder.
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class BlockwiseUnits(UnitSource):
         sums = MomentSums(stage, stage.later(rest))
         parameters = self._graph.block_parameters(block)
         for item in self._hidden():
-            sums.watch(parameters, lambda item=item: self._graph.run(block, item))
+            sums.watch(parameters, partial(self._graph.run, block, item))
         return sums.moments()
 
     def _round_stage(

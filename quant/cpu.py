@@ -6,11 +6,12 @@ int8pack       aten::_weight_int8pack_mm          2-8 bits, whole-row scales, bf
 dense_cached   decodes once, keeps the weight     M > 4, and every fp32 and fp16 model
 dense_chunked  decodes row blocks at every call   as dense_cached, when the RAM budget is used up
 
-Maths of int4pack. The operator computes (q − 8)·s + z, with s and z in bf16 for each group; a stored
-weight of b ≤ 4 bits is (code − zero)·scale. So q = code + 8 − h, s = scale, z = (h − zero)·scale with
-h = 2^(b−1), the zero of symmetric weights. Centring the codes keeps z small: it is rounded as a whole.
-Products and sums are fp32 inside, so what is lost is the bf16 rounding of s and z (2^-9 relative, as
-much as `reference` loses by rounding each weight to bf16) and of y. s has a sign: so do our scales.
+Maths of int4pack. The operator computes (q − 8)·s + z, with s and z in bf16 for each group; a
+stored weight of b ≤ 4 bits is (code − zero)·scale. So q = code + 8 − h, s = scale and
+z = (h − zero)·scale, with h = 2^(b−1), the zero of symmetric weights. Centring the codes keeps z
+small: it is rounded as a whole. Products and sums are fp32 inside, so what is lost is the bf16
+rounding of s and z (2^-9 relative, as much as `reference` loses by rounding each weight to bf16)
+and of y. s has a sign: so do our scales.
 
 The time of int4pack and int8pack grows with M from the first row on, that of a dense product does
 not; hence their limit. Up to M = 32 they still beat decoding the weight at every call, so there

@@ -105,13 +105,13 @@ def evaluate(
         raise FewbitError(
             "eval --decode is not available in this version; without it, whole windows are scored"
         )
+    bits, n_bytes = _stored_size(path)
     model, tokenizer = load_any(path, device, dtype), open_tokenizer(path)
     windows = evaluation_windows(model, tokenizer, text, length, max_tokens)
     reference = None if against is None else load_any(against, device, torch.float32)
     started = time.perf_counter()
     measured = evaluate_model(model, windows, reference, progress=progress)
     seconds = time.perf_counter() - started
-    bits, n_bytes = _stored_size(path)
     return summarize(measured, seconds, bits, n_bytes)
 
 

@@ -9,6 +9,8 @@ No chat template is applied: the prompt goes in as written, after the tokenizer'
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,31 @@ def load_any(path: str | Path, device: str = "auto", dtype: torch.dtype | None =
         return load(path, device=device, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
+    target = resolve_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or "auto", use_safetensors=True
-        )
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype or "auto", use_safetensors=True
+            )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be opened as a language model: {_first_line(error)}"
         ) from error
-    return model.to(resolve_device(device)).eval()
+    return model.to(target).eval()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' own progress bar, which would mix with the command's output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def open_tokenizer(path: str | Path) -> Any:

@@ -103,14 +103,14 @@ def _plan_tensor(
     shape = tuple(info.shape)
     logical = (shape[0], shape[2], shape[1]) if transposed else shape
     reason = _why_kept(key, module, logical, info.dtype, layers)
-    rule = None
-    if not reason:
-        rule = recipe.rule_for(module)
-        reason = "" if rule else "the recipe leaves it out"
-    if rule is not None:
+    rule = None if reason else recipe.rule_for(module)
+    if rule is None:
+        reason = reason or "the recipe leaves it out"
+    else:
         bits = find_format(rule.format).bits(logical, rule.options)
         if bits >= 8 * info.dtype.itemsize:
-            rule, reason = None, f"{rule.format} would take {bits:.1f} bits per weight"
+            reason = f"{rule.format} would take {bits:.1f} bits per weight"
+            rule = None
     logical = logical if rule else shape
     return PlannedTensor(
         key, module, logical, shape, info.dtype, rule, transposed and rule is not None, reason

@@ -16,6 +16,7 @@ from typing import Any
 
 import google_crc32c
 
+from ..export.journal import JOURNAL, named_os_errors, write_atomic
 from ..export.metadata import (
     MANIFEST,
     MAX_INLINE_EXCEPTIONS,
@@ -28,7 +29,7 @@ from ..export.metadata import (
 )
 from ..export.report import Report, build_report, write_report
 from ..export.safetensors_file import map_entries, read_header
-from ..export.writer import JOURNAL, CheckpointWriter, crc32c, named_os_errors, write_atomic
+from ..export.writer import CheckpointWriter, crc32c
 from .errors import CheckpointError, FormatError
 from .format import find_format
 from .layout import PlannedTensor

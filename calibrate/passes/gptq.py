@@ -76,7 +76,8 @@ class Problem:
 def run(block: Block, stats: Stats, options: GptqOptions) -> Block:
     """Round all weights; those that cannot be swept are rounded to nearest and say why."""
     rounded = Rounded()
-    trusted, refused = [], []
+    trusted: list[Matrix] = []
+    refused: list[Matrix] = []
     for matrix in matrices(block, stats):
         reason = _refusal(matrix, options)
         (trusted if reason is None else refused).append(matrix)

@@ -5,9 +5,9 @@
 2 to 8 bits; groups of 16, 32, 64, 128 columns or the whole row; scales in fp16 or bf16. K is padded
 to whole groups (a whole row: to a multiple of 8), the padding decodes to zero and is dropped.
 
-symmetric:   zero is 2^(b−1), not stored. The scale is *signed*: the grid −2^(b−1) … 2^(b−1)−1 has one
-             more value on its negative side, so the scale takes the sign that puts the value of
-             largest magnitude there. That uses the whole grid: a step of |max|/2^(b−1), not
+symmetric:   zero is 2^(b−1), not stored. The scale is *signed*: the grid −2^(b−1) … 2^(b−1)−1 has
+             one more value on its negative side, so the scale takes the sign that puts the value
+             of largest magnitude there. That uses the whole grid: a step of |max|/2^(b−1), not
              |max|/(2^(b−1)−1), at no stored bit.
 asymmetric:  zero is an integer code 0 … 2^b−1, one byte for each group.
 
@@ -43,7 +43,7 @@ _WORDS = {
     2: (4, torch.uint8),
     4: (2, torch.uint8),
     8: (1, torch.uint8),
-    **{bits: (8, torch.int64) for bits in (3, 5, 6, 7)},
+    **dict.fromkeys((3, 5, 6, 7), (8, torch.int64)),
 }
 
 

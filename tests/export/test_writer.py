@@ -1,25 +1,22 @@
 """The writer: golden container bytes, resuming after any cut, named errors for damage."""
 
 import errno
-import json
 import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from fewbit.export import writer as writer_module
+from fewbit.export import journal as journal_module
+from fewbit.export.journal import JOURNAL
 from fewbit.export.writer import (
-    JOURNAL,
     CheckpointWriter,
     UnitPlan,
     crc32c,
     plan_shards,
     shard_names,
-    write_atomic,
 )
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.format import PartSpec
+from safetensors.torch import load_file
 
 IDENTITY = {"recipe": "r", "seed": 0}
 
@@ -42,7 +39,9 @@ def write_all(folder, units, stop_after=None, max_bytes=40, identity=None):
             if stop_after is not None and index >= stop_after:
                 return writer
             tensors = units[index][1]
-            writer.write_unit(((n, t.split(2)) for n, t in tensors.items()), [{"name": f"u{index}"}])
+            writer.write_unit(
+                ((n, t.split(2)) for n, t in tensors.items()), [{"name": f"u{index}"}]
+            )
     finally:
         writer.abandon()
     return writer
@@ -171,7 +170,7 @@ def test_strange_shard_is_refused(tmp_path):
 def test_full_disk_is_named_and_resumable(tmp_path, monkeypatch):
     units = [unit(i) for i in range(3)]
     write_all(tmp_path / "whole", units)
-    real, calls = writer_module.os.fsync, []
+    real, calls = journal_module.os.fsync, []
 
     def full(handle):
         calls.append(handle)
@@ -179,7 +178,7 @@ def test_full_disk_is_named_and_resumable(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(handle)
 
-    monkeypatch.setattr(writer_module.os, "fsync", full)
+    monkeypatch.setattr(journal_module.os, "fsync", full)
     with pytest.raises(CheckpointError, match="disk is full.*resume"):
         write_all(tmp_path / "cut", units)
     monkeypatch.undo()
@@ -221,9 +220,3 @@ def test_shards_hold_whole_units():
 
 def test_crc32c_known_answer():
     assert crc32c(torch.tensor(list(b"123456789"), dtype=torch.uint8)) == "e3069283"
-
-
-def test_write_atomic_leaves_no_partial(tmp_path):
-    write_atomic(tmp_path / "a.json", b"{}")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_bytes()) == {}

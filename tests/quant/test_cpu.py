@@ -2,10 +2,10 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-
 from fewbit.quant import cpu, reference
 from fewbit.quant.errors import NoKernelError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
@@ -199,7 +199,7 @@ def test_estimates_put_the_crossovers_where_they_were_measured() -> None:
 
 def test_denied_operators_are_never_launched() -> None:
     """A denied operator is named in the list of reasons and nowhere else."""
-    source = open(cpu.__file__).read()
+    source = Path(cpu.__file__).read_text()
     for name, reason in cpu.DENIED_OPS.items():
         operator = name.removeprefix("aten::")
         assert source.count(operator) == 1

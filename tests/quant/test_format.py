@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.format import (
     PartSpec,

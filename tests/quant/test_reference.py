@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from fewbit.quant import reference
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.kernel import Problem

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from fewbit.quant import registry
 from fewbit.quant.registry import discover
 
@@ -17,7 +16,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     root = tmp_path / name
     root.mkdir()
     (root / "__init__.py").touch()
-    thing = "from types import SimpleNamespace\nTHING = SimpleNamespace(name={!r}, origin=__name__)\n"
+    thing = (
+        "from types import SimpleNamespace\nTHING = SimpleNamespace(name={!r}, origin=__name__)\n"
+    )
     (root / "b.py").write_text(thing.format("second"))
     (root / "a.py").write_text(thing.format("first"))
     (root / "without.py").write_text("OTHER = 1\n")

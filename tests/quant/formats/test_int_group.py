@@ -4,9 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from fewbit.quant.errors import FormatError, RecipeError
 from fewbit.quant.formats.int_group import (
     FORMAT,
@@ -14,6 +11,8 @@ from fewbit.quant.formats.int_group import (
     pack_bits,
     unpack_bits,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GROUPS = (16, 32, 64, 128, "row")
 
@@ -269,7 +268,8 @@ def test_rounding_takes_any_memory_order() -> None:
     expected, _ = FORMAT.round(weight.contiguous(), scales, 0, options)
     assert torch.equal(codes, expected)
     assert torch.equal(
-        FORMAT.pack(codes, scales, options)["codes"], FORMAT.pack(expected, scales, options)["codes"]
+        FORMAT.pack(codes, scales, options)["codes"],
+        FORMAT.pack(expected, scales, options)["codes"],
     )
 
 
@@ -298,7 +298,8 @@ def test_slices_decode_to_slices(bits: int, symmetric: bool, group: int | str) -
 
 
 @pytest.mark.parametrize(
-    ("axis", "start", "stop"), [(1, 3, 32), (1, 0, 7), (0, 0, 5), (0, 2, 2), (1, 16, 99), (0, -1, 2)]
+    ("axis", "start", "stop"),
+    [(1, 3, 32), (1, 0, 7), (0, 0, 5), (0, 2, 2), (1, 16, 99), (0, -1, 2)],
 )
 def test_impossible_slices_are_refused(axis: int, start: int, stop: int) -> None:
     options = IntGroupOptions(4, 16)
