@@ -22,17 +22,17 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
 from fewbit.quant import cpu
 from fewbit.quant.dispatch import problem_of
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.linear import QuantLinear
 from fewbit.quant.packed import PackedTensor, Term
+from torch import nn
 
 HIDDEN, INNER, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000
 SHAPES = (  # (N, K) of a layer's linears, in order of use
@@ -142,7 +142,7 @@ def kernel_rows(size: int, ms: Sequence[int], rounds: int) -> list[dict[str, Any
         for m in ms:
             x = torch.randn(m, size).to(torch.bfloat16)
             sides: dict[str, Callable[[], Any]] = {
-                "bf16": rotate([lambda d=d: d(x) for d in dense])
+                "bf16": rotate([partial(layer, x) for layer in dense])
             }
             problem = problem_of(weights[0], m, torch.bfloat16, "cpu")
             for kernel in cpu.KERNELS:
@@ -152,7 +152,7 @@ def kernel_rows(size: int, ms: Sequence[int], rounds: int) -> list[dict[str, Any
                 held = held[:n_dense] if kernel.name == "dense_cached" else held
                 layouts = [kernel.prepare(weight, torch.bfloat16) for weight in held]
                 sides[kernel.name] = rotate(
-                    [lambda k=kernel, layout=layout: k.launch(x, layout) for layout in layouts]
+                    [partial(kernel.launch, x, layout) for layout in layouts]
                 )
             found = interleave(sides, rounds, 3)
             row = {"bits": options.bits, "size": size, "m": m}

@@ -213,18 +213,18 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         _fail(path, f"header begins with {raw[:1]!r}, a JSON object begins with b'{{'", remedy)
     try:
         document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant
+            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
         )
         for name in document:
             name.encode("utf-8")  # a lone surrogate is no text
     except RecursionError:
         _fail(path, "header nests too deeply", remedy)
     except ValueError as error:  # bad UTF-8, bad JSON, integers of thousands of digits
-        _fail(path, f"header is not valid: {_brief(error)}", remedy)
+        _fail(path, f"header is not valid: {brief(error)}", remedy)
     return dict(document)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of the json module: ValueError naming a key that occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -240,8 +240,8 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not allowed in JSON")
 
 
-def _brief(value: object) -> str:
-    """At most 80 characters of a value from a damaged file."""
+def brief(value: object) -> str:
+    """At most 80 characters of a value from a damaged file, for a message."""
     try:
         text = str(value) if isinstance(value, Exception) else repr(value)
     except (ValueError, RecursionError):  # an integer or a nesting that Python will not print
@@ -251,23 +251,23 @@ def _brief(value: object) -> str:
 
 def _metadata(path: Path, found: Any) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        _fail(path, f"__metadata__ is {_brief(found)}", "a map of text to text is allowed")
+        _fail(path, f"__metadata__ is {brief(found)}", "a map of text to text is allowed")
     return found
 
 
 def _entry(path: Path, name: str, fields: Any, header_bytes: int) -> Entry:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        found = f"tensor {name!r} is described by {_brief(fields)}"
+        found = f"tensor {name!r} is described by {brief(fields)}"
         _fail(path, found, "dtype, shape and data_offsets are needed: download it again")
     dtype = _dtype(path, name, fields["dtype"])
     shape = _naturals(path, name, "shape", fields["shape"])
     offsets = _naturals(path, name, "data_offsets", fields["data_offsets"])
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        found = f"tensor {name!r} has data_offsets {_brief(list(offsets))}"
+        found = f"tensor {name!r} has data_offsets {brief(list(offsets))}"
         _fail(path, found, "two ascending numbers are allowed: download it again")
     # Sizes of 0 must not hide an overflow that torch would meet while it computes strides.
     if len(shape) > MAX_AXES or math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        found = f"tensor {name!r} has the impossible shape {_brief(list(shape))}"
+        found = f"tensor {name!r} has the impossible shape {brief(list(shape))}"
         _fail(path, found, f"at most {MAX_AXES} axes and {MAX_ELEMENTS} elements are allowed")
     n_bytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != n_bytes:
@@ -281,7 +281,7 @@ def _dtype(path: Path, name: str, found: Any) -> torch.dtype:
         allowed = f"known: {', '.join(DTYPES)}"
         if found == "F8_E8M0":
             allowed = "it needs torch 2.7 or later: upgrade torch"
-        _fail(path, f"tensor {name!r} has the unknown dtype {_brief(found)}", allowed)
+        _fail(path, f"tensor {name!r} has the unknown dtype {brief(found)}", allowed)
     return DTYPES[found]
 
 
@@ -291,7 +291,7 @@ def _naturals(path: Path, name: str, key: str, found: Any) -> tuple[int, ...]:
         type(size) is int and 0 <= size <= MAX_ELEMENTS for size in found
     ):
         wanted = "a list of integers in [0, 2**63) is allowed: download it again"
-        _fail(path, f"tensor {name!r} has {key} {_brief(found)}", wanted)
+        _fail(path, f"tensor {name!r} has {key} {brief(found)}", wanted)
     return tuple(found)
 
 

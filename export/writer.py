@@ -31,13 +31,10 @@ import torch
 from ..quant.errors import CheckpointError
 from ..quant.format import PartSpec
 from .journal import JOURNAL, Journal, named_os_errors, sync_folder
+from .safetensors_file import DTYPES
 
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
-_DTYPE_NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float64: "F64",
-}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # A tensor on its way to a file: its name and its bytes as row chunks in order.
@@ -188,13 +185,12 @@ class CheckpointWriter:
         self._cut_back()
 
     def _compare_identity(self, found: dict[str, Any]) -> None:
-        for key in sorted(self.identity.keys() | found.keys()):
-            if self.identity.get(key) != found.get(key):
-                raise CheckpointError(
-                    f"{self.folder} holds an unfinished run with another {key}: "
-                    f"{_short(found.get(key))}, now {_short(self.identity.get(key))}; repeat the "
-                    f"original command, choose another folder, or discard it with --restart"
-                )
+        difference = _difference("", found, self.identity)
+        if difference is not None:
+            raise CheckpointError(
+                f"{self.folder} holds an unfinished run with another {difference}; repeat the "
+                f"original command, choose another folder, or discard it with --restart"
+            )
 
     def _cut_back(self) -> None:
         """Bring the files to the state that the journal describes."""
@@ -308,11 +304,8 @@ class CheckpointWriter:
     def _close_shard(self, shard: int) -> None:
         """Write the header, make the file durable, rename it, note it in the journal."""
         data = self._open_shard(shard)
-        tensors = [item for unit in self.shards[shard] for item in self.finished[unit]]
-        header = _header_json(tensors)
-        space = self._data_start(shard) - 8
         data.seek(0)
-        data.write(struct.pack("<Q", space) + header.ljust(space))
+        data.write(self._header(shard))
         data.flush()
         os.fsync(data.fileno())
         data.close()
@@ -322,6 +315,19 @@ class CheckpointWriter:
         sync_folder(self.folder)
         self._journal.append({"event": "shard", "name": final.name})
         self._closed += 1
+
+    def _header(self, shard: int) -> bytes:
+        """Length field and header of a full shard."""
+        tensors = [item for unit in self.shards[shard] for item in self.finished[unit]]
+        space = self._data_start(shard) - 8
+        return struct.pack("<Q", space) + _header_json(tensors).ljust(space)
+
+    def header_checksums(self) -> dict[str, int]:
+        """CRC32C that the length field and header of each complete shard must have."""
+        return {
+            name: int(google_crc32c.value(self._header(shard)))
+            for shard, name in enumerate(self.names)
+        }
 
     def stored(self) -> Iterator[tuple[str, Stored]]:
         """(shard file name, tensor) of everything written."""
@@ -359,6 +365,18 @@ class CheckpointWriter:
             self._data.close()
             self._data = None
         self._journal.close()
+
+
+def _difference(where: str, found: Any, wanted: Any) -> str | None:
+    """`key.subkey: found, now wanted` for the first difference of two JSON trees, None if equal."""
+    if found == wanted:
+        return None
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            inner = _difference(f"{where}.{key}", found.get(key), wanted.get(key))
+            if inner is not None:
+                return inner
+    return f"{where.lstrip('.')}: {_short(found)}, now {_short(wanted)}"
 
 
 def _short(value: Any) -> str:

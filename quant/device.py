@@ -6,7 +6,7 @@ from .errors import RecipeError
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" is the first GPU if there is one; RecipeError if this machine lacks the device."""
+    """ "auto" is the first GPU if there is one; RecipeError if this machine lacks the device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

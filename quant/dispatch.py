@@ -132,9 +132,7 @@ def explain(
             eligible.append(kernel)
     if problem.device == "cpu":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
-    ranked = sorted(
-        (kernel.seconds(problem), -kernel.priority, kernel.name) for kernel in eligible
-    )
+    ranked = sorted((kernel.seconds(problem), -kernel.priority, kernel.name) for kernel in eligible)
     order = tuple((name, seconds) for seconds, _, name in ranked)
     chosen = order[0][0]  # `reference` never refuses
     if forced is not None:

@@ -14,7 +14,9 @@ from .stored import CONFIG, METHOD, foreign, read_json_object
 _ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Where the hub library keeps a revision: <cache>/models--<owner>--<name>/snapshots/<commit>/
-_SNAPSHOT = re.compile(r"(?P<cache>.*)/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[^/]+)(?P<sub>/.*)?")
+_SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[^/]+)(?P<sub>/.*)?"
+)
 
 
 def fetch(path_or_id: str | Path) -> Path:

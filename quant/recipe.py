@@ -90,6 +90,11 @@ class Recipe:
         """Canonical JSON of everything that decides the output."""
         return json.dumps({"name": self.name, **self.tree}, sort_keys=True, ensure_ascii=False)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether any rule stores weights in another format; otherwise the recipe is a copy."""
+        return self.weights is not None or any(item.rule for item in self.overrides)
+
     def rule_for(self, module: str) -> WeightRule | None:
         """The rule for a source module name; None if it stays unquantized."""
         for override in self.overrides:
@@ -182,7 +187,7 @@ def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
     """Validate a merged tree."""
     _known("recipe", tree, _TOP_KEYS)
     weights, ignore = _weights(tree.get("weights"))
-    return Recipe(
+    recipe = Recipe(
         name=name,
         summary=_typed(tree, "summary", str, ""),
         tree=tree,
@@ -194,6 +199,12 @@ def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
         gate=_gate(tree),
         allow_fallback=_typed(tree, "allow_fallback", bool, False),
     )
+    if recipe.passes and not recipe.quantizes:
+        raise RecipeError(
+            f"recipe {name!r} has passes ({', '.join(use.name for use in recipe.passes)}) but no "
+            f"[weights] that they could work on; add [weights] with a format, or drop the passes"
+        )
+    return recipe
 
 
 def _known(owner: str, table: Mapping[str, Any], allowed: Sequence[str]) -> None:

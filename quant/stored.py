@@ -140,7 +140,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot read ({error.strerror}); check its rights") from error
+        raise CheckpointError(
+            f"{path}: cannot read ({error.strerror}); check its rights"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not valid JSON: {str(error)[:120]}; it is damaged, fetch or quantize again"
@@ -177,7 +179,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for key, name in found.items():
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
         if not plain:
-            raise CheckpointError(f"{path}: {key} is said to be in {name!r:.80}, not a plain file name")
+            raise CheckpointError(
+                f"{path}: {key} is said to be in {name!r:.80}, not a plain file name"
+            )
     return found
 
 

@@ -168,7 +168,9 @@ def _header_sums(header: Header) -> dict[str, str]:
     try:
         found = json.loads(header.metadata[CHECKSUMS])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{header.path}: {CHECKSUMS} is no JSON ({error}); {_AGAIN}") from error
+        raise CheckpointError(
+            f"{header.path}: {CHECKSUMS} is no JSON ({error}); {_AGAIN}"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{header.path}: {CHECKSUMS} is {found!r:.60}, no object; {_AGAIN}")
     return found

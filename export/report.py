@@ -1,0 +1,98 @@
+"""What a run did to each tensor, as `report.json`, as `report.html` and as lines for a terminal.
+
+The facts are in `report_facts.py`, the page is drawn in `report_page.py`. The files hold times and
+are therefore never byte-identical between runs; nothing reads them back.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .journal import write_atomic
+from .report_facts import KeptTensor, Provenance, Report, TensorReport, tensor_class
+from .report_page import render_page
+
+__all__ = [
+    "KeptTensor",
+    "Provenance",
+    "Report",
+    "TensorReport",
+    "build_report",
+    "summary_text",
+    "tensor_class",
+    "write_report",
+]
+
+
+def build_report(job: Any, writer: Any, facts: Mapping[str, Any]) -> Report:
+    """The report of a finished run.
+
+    job: `checkpoint`, `recipe`, `plan`, `seed` and `calibration` are read. writer: `rows`, the
+    journalled rows of each unit. facts: `wall_seconds`, `peak_resident_bytes`, `environment`, and
+    `command` where there was one.
+    """
+    data = job.calibration
+    provenance = Provenance(
+        recipe=job.recipe.name,
+        recipe_text=job.recipe.text,
+        source=job.checkpoint.name,
+        revision=job.checkpoint.revision,
+        fingerprint=job.checkpoint.fingerprint,
+        seed=job.seed,
+        calibration=data.fingerprint() if data else None,
+        versions=dict(facts["environment"]),
+        command=str(facts.get("command", "")),
+    )
+    kept = tuple(
+        KeptTensor(
+            name=tensor.key,
+            n_bytes=sum(spec.n_bytes for spec in tensor.specs().values()),
+            reason=tensor.reason,
+        )
+        for tensor in job.plan.values()
+        if tensor.rule is None
+    )
+    return Report(
+        provenance,
+        tuple(TensorReport.from_row(row) for unit in writer.rows for row in unit),
+        kept,
+        float(facts["wall_seconds"]),
+        int(facts["peak_resident_bytes"]),
+        job.recipe.allow_fallback,
+    )
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write `report.json` and `report.html`, each whole or not at all."""
+    text = json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / "report.json", (text + "\n").encode())
+    write_atomic(folder / "report.html", render_page(report).encode())
+
+
+def summary_text(report: Report) -> str:
+    """Lines for a terminal: totals, bytes by class, worst layers, fallbacks, starved experts."""
+    total = report.quantized_bytes + report.kept_bytes
+    lines = [
+        f"{len(report.tensors)} weights quantized at {report.bits_per_weight:.3f} bits, "
+        f"{len(report.kept)} tensors kept; {total:,} bytes, {report.wall_seconds:.1f} s, "
+        f"peak memory {report.peak_resident_bytes / 1e6:,.0f} MB",
+        f"{'':12s}{'quantized':>16s}{'unquantized':>16s}  bytes",
+    ]
+    for label, both in report.bytes_by_class.items():
+        lines.append(f"  {label:10s}{both['quantized']:16,d}{both['unquantized']:16,d}")
+    if report.tensors:
+        lines.append("largest errors  (weight, output)")
+        lines += [f"  {_error_line(row)}" for row in report.worst(5)]
+    for group, counts in report.experts.items():
+        if min(counts) == 0:
+            lines.append(f"{group}: {counts.count(0)} of {len(counts)} experts saw no token")
+    if report.fallbacks:
+        lines.append(f"{len(report.fallbacks)} fallbacks")
+        lines += [f"  {text}" for text in report.fallbacks]
+    return "\n".join(lines)
+
+
+def _error_line(row: TensorReport) -> str:
+    output = "      -" if row.output_error is None else f"{row.output_error:7.4f}"
+    return f"{row.relative_error:7.4f} {output}  {row.name}"

@@ -1,0 +1,78 @@
+"""`load`: a checkpoint of ours as a transformers model, checked first.
+
+The library's own `from_pretrained` builds the model, through the adapter in `hf.py`, so that both ways
+give the same model to the last bit. What is added here happens before: everything that can be wrong
+with the files is found by us and named, so that the library only ever sees sound ones.
+
+The arithmetic's dtype is the configuration's unless `dtype` says otherwise; stored parts keep theirs.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .device import resolve_device
+from .errors import CheckpointError
+from .hub import fetch
+from .stored import open_stored
+from .verify import verify as verify_stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    path_or_id: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = True,
+) -> "PreTrainedModel":
+    """The model in a folder or hub id, in evaluation mode; `.generate` works.
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of activations and of what
+    is not quantized; None is the checkpoint's own. verify: compare every stored byte with its
+    checksum.
+
+    CheckpointError: not there, not one of fewbit's, unfinished, newer than this fewbit, or damaged.
+    RecipeError: no such device.
+    """
+    target = resolve_device(device)
+    folder = fetch(path_or_id)
+    stored = open_stored(folder)
+    if verify:
+        verify_stored(stored)
+    from transformers import AutoModelForCausalLM
+
+    from .hf import already_checked, register
+
+    register()
+    with already_checked():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path_or_id}: the transformers library cannot build this model: "
+                f"{_first_line(error)}; a newer transformers may know it"
+            ) from error
+    return model if target.type == "cpu" else model.to(target)
+
+
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer beside a checkpoint; CheckpointError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path_or_id))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path_or_id} has no usable tokenizer: {_first_line(error)}; put the model's tokenizer "
+            f"files there"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
