@@ -49,6 +49,20 @@ class Journal:
 
     def open(self) -> None:
         """Read what is there, drop a torn last line, lock, and append from there on."""
+        file = self._locked()
+        file.seek(0)
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.events = [_parse_line(self.path, i, line) for i, line in enumerate(_lines(whole))]
+        if len(whole) != len(data):
+            file.truncate(len(whole))
+
+    def clear(self) -> None:
+        """Forget what is there, whatever it is; the lock is held until `close`."""
+        self._locked().truncate(0)
+        self.events = []
+
+    def _locked(self) -> IO[bytes]:
         file = open(self.path, "a+b")  # noqa: SIM115 - held for the life of the run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,13 +72,8 @@ class Journal:
                 f"{self.path.parent}: another fewbit process is writing here; wait for it, or "
                 f"choose another output folder"
             ) from error
-        file.seek(0)
-        data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.events = [_parse_line(self.path, i, line) for i, line in enumerate(_lines(whole))]
-        if len(whole) != len(data):
-            file.truncate(len(whole))
         self._file = file
+        return file
 
     def append(self, event: dict[str, Any]) -> None:
         """Write one event and make it durable."""

@@ -88,7 +88,7 @@ def summary_text(report: Report) -> str:
         if min(counts) == 0:
             lines.append(f"{group}: {counts.count(0)} of {len(counts)} experts saw no token")
     if report.fallbacks:
-        lines.append(f"{len(report.fallbacks)} fallbacks")
+        lines.append(f"{len(report.fallbacks)} fallback{'s' * (len(report.fallbacks) > 1)}")
         lines += [f"  {text}" for text in report.fallbacks]
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ REPORT_VERSION = 1
 _CLASSES = (
     ("other", r"(^|\.)(mtp\w*|nextn\w*|visual|vision\w*|image\w*|audio\w*|multi_modal\w*)\."),
     ("norm", r"norm|(^|\.)ln_\w+"),
-    ("head", r"(^|\.)(lm_head|embed_out|head|output)(\.|$)"),
+    ("head", r"(^|\.)(lm_head|embed_out|head)(\.|$)"),
     ("embedding", r"(^|\.)(embed\w*|wte|wpe|word_embeddings)(\.|$)"),
     ("router", r"(^|\.)(router|gate|shared_expert_gate)(\.|$)"),
     ("experts", r"expert"),
@@ -28,7 +28,7 @@ _CLASSES = (
 
 
 def tensor_class(name: str) -> str:
-    """attention, mlp, experts, router, embedding, head, norm or other, by a source tensor's name."""
+    """One of the labels of `_CLASSES`, or "other", by a source tensor's name."""
     for label, pattern in _CLASSES:
         if re.search(pattern, name):
             return label

@@ -45,22 +45,26 @@ def _text(value: object) -> str:
 
 
 def _tag(name: str, content: str = "", /, **attributes: object) -> str:
-    """An element; `content` is markup, attribute values are text. `class_` stands for `class`."""
+    """An element; `content` is markup, attribute values are text, empty ones are left out.
+
+    `class_` stands for `class`, `aria_label` for `aria-label`.
+    """
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"'
         for key, value in attributes.items()
+        if value != ""
     )
     return f"<{name}{pairs}>{content}</{name}>"
 
 
 def _cell(value: object, kind: str = "") -> str:
-    return _tag("td", _text(value), class_=kind) if kind else _tag("td", _text(value))
+    return _tag("td", _text(value), class_=kind)
 
 
 def _table(heads: Sequence[str], rows: Iterable[str], caption: str = "") -> str:
     """A table; a head that starts with `#` is of numbers. `rows` are joined cells."""
     cells = "".join(
-        _tag("th", _text(head.lstrip("#")), scope="col", class_="number" if head[:1] == "#" else "")
+        _tag("th", _text(head.lstrip("#")), scope="col", class_="number" * head.startswith("#"))
         for head in heads
     )
     title = _tag("caption", _text(caption)) if caption else ""
@@ -102,7 +106,8 @@ def _fallbacks(report: Report) -> str:
         return _tag("div", "No fallbacks: every weight was rounded as asked.", class_="calm")
     items = "".join(_tag("li", _text(line)) for line in report.fallbacks)
     verdict = "the recipe allows them" if report.allow_fallback else "the recipe does not allow any"
-    body = _tag("h2", f"{len(report.fallbacks)} fallbacks; {verdict}") + _tag("ul", items)
+    count = f"{len(report.fallbacks)} fallback{'s' * (len(report.fallbacks) > 1)}"
+    body = _tag("h2", f"{count}; {verdict}") + _tag("ul", items)
     return _tag("section", body, class_="alarm", role="alert")
 
 

@@ -5,11 +5,12 @@
     model = quant.load("out")
 
 The import itself costs milliseconds: neither torch nor transformers is imported before a name is
-used. It also makes transformers, imported before or after, load checkpoints of quant_method "fewbit".
+used. It also makes transformers, imported before or after, load checkpoints of quant_method
+"fewbit".
 
-`load`, `inspect` and `evaluate` are functions that live in submodules of the same names. Importing a
-submodule sets it as an attribute of its package, which would replace the function; `_Package` does
-not let that happen. The modules are reached by `from fewbit.quant.load import ...`.
+`load`, `inspect` and `evaluate` are functions that live in submodules of the same names. Importing
+a submodule sets it as an attribute of its package, which would replace the function; `_Package`
+does not let that happen. The modules are reached by `from fewbit.quant.load import ...`.
 """
 
 import sys

@@ -12,6 +12,7 @@ Hidden states live in one buffer, overwritten block by block; beyond `RESIDENT_B
 memory-mapped file in the output folder.
 """
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,17 +26,18 @@ from ..calibrate.matrices import expert_key
 from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.protocol import Stats
 from ..calibrate.structure import find_structure
+from ..export.journal import named_os_errors
 from ..export.writer import CheckpointWriter, Chunked
 from .block import Block, Weight
 from .errors import CalibrationError
 from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
-from .preflight import RESIDENT_BYTES
+from .preflight import RESIDENT_BYTES, hidden_bytes
 from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, squared_error
 
 BATCH_TOKENS = 4096
-SPILL_FILE = "fewbit.hidden"
+SPILL_FILE = "fewbit.hidden.partial"
 
 
 class BlockwiseUnits(UnitSource):
@@ -77,10 +79,23 @@ class BlockwiseUnits(UnitSource):
             data = self._job.calibration
             if data is None:
                 raise CalibrationError("a calibrated run needs calibration windows, got none")
-            batch = max(1, BATCH_TOKENS // data.windows.shape[1])
-            self._inputs = self._graph.start(data.windows, batch)
-            _keep(self._inputs, self._job.out / SPILL_FILE)
+            self._inputs = self._embed(data.windows)
         return self._inputs
+
+    def _embed(self, windows: torch.Tensor) -> list[BlockInput]:
+        """The first block's inputs, spilled piece by piece if they exceed the bound."""
+        total = hidden_bytes(self._job.checkpoint, self._job.calibration)
+        batch = max(1, BATCH_TOKENS // windows.shape[1])
+        n_pieces = -(-total // RESIDENT_BYTES)
+        size = -(-windows.shape[0] // max(n_pieces, 1) // batch) * batch
+        spill = Spill(self._job.out, windows.numel()) if n_pieces > 1 else None
+        inputs: list[BlockInput] = []
+        for piece in windows.split(size):
+            found = self._graph.start(piece, batch)
+            for item in found if spill else ():
+                item.hidden = spill.take(item.hidden)
+            inputs += found
+        return inputs
 
     def _advance(self, block: int) -> None:
         for item in self._hidden():
@@ -223,19 +238,32 @@ class BlockwiseUnits(UnitSource):
         return weight
 
 
-def _keep(inputs: list[BlockInput], spill: Path) -> None:
-    """Move the hidden states into one buffer: memory, or a mapped file beyond the bound."""
-    total = sum(item.hidden.numel() for item in inputs)
-    first = inputs[0].hidden
-    if total * first.element_size() <= RESIDENT_BYTES:
-        return
-    buffer = torch.from_file(str(spill), shared=True, size=total, dtype=first.dtype)
-    spill.unlink()  # the mapping keeps it alive; a kill leaves nothing behind
-    start = 0
-    for item in inputs:
-        view = buffer[start : start + item.hidden.numel()].view(item.hidden.shape)
-        item.hidden = view.copy_(item.hidden)
-        start += view.numel()
+class Spill:
+    """Hidden states of `n_tokens` tokens in a mapped file of `folder`, filled from the front."""
+
+    def __init__(self, folder: Path, n_tokens: int) -> None:
+        self._folder = folder
+        self._n_tokens = n_tokens
+        self._buffer: torch.Tensor | None = None
+        self._filled = 0
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The place of `hidden` [b, T, H] in the file, after it was copied there."""
+        if self._buffer is None:
+            self._buffer = self._map(self._n_tokens * hidden.shape[-1], hidden.dtype)
+        place = self._buffer[self._filled : self._filled + hidden.numel()].view(hidden.shape)
+        self._filled += hidden.numel()
+        return place.copy_(hidden)
+
+    def _map(self, n_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        path = self._folder / SPILL_FILE
+        with named_os_errors(self._folder):
+            with open(path, "wb") as file:
+                # A mapped file with holes kills the process if the disk fills up.
+                os.posix_fallocate(file.fileno(), 0, n_elements * dtype.itemsize)
+            buffer = torch.from_file(str(path), shared=True, size=n_elements, dtype=dtype)
+            path.unlink()  # the mapping keeps it alive; a kill leaves nothing behind
+        return buffer
 
 
 def _output_error(weight: Weight, rounded: torch.Tensor, stats: Stats) -> float | None:

@@ -16,6 +16,6 @@ def resolve_device(device: str) -> torch.device:
     n_gpus = torch.cuda.device_count()
     if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= n_gpus):
         raise RecipeError(
-            f"device {device!r} is not available: torch sees a cpu and {n_gpus} GPUs; use auto or cpu"
+            f"device {device!r} is not available: torch sees a cpu and {n_gpus} GPUs; use auto"
         )
     return found

@@ -25,8 +25,14 @@ from typing import Any
 import torch
 
 from ..calibrate.data import load_tokens, require_tokens, window_start
+from ..export.checkpoint import Checkpoint
+from ..export.source_files import locate
 from .errors import CalibrationError, CheckpointError, FewbitError
-from .generate import context_length, generation_settings, is_ours, load_any, open_tokenizer
+from .generate import context_length, generation_settings, is_ours, load_any
+from .inspect import inspect
+from .layout import plan_tensors
+from .load import load_tokenizer
+from .recipe import load_recipe
 from .score import Measured, Progress, evaluate_model
 
 _DEFAULT_LENGTH = 2048
@@ -105,8 +111,9 @@ def evaluate(
         raise FewbitError(
             "eval --decode is not available in this version; without it, whole windows are scored"
         )
-    bits, n_bytes = _stored_size(path)
-    model, tokenizer = load_any(path, device, dtype), open_tokenizer(path)
+    folder, _ = locate(str(path), None)
+    bits, n_bytes = stored_size(folder)
+    model, tokenizer = load_any(folder, device, dtype), load_tokenizer(folder)
     windows = evaluation_windows(model, tokenizer, text, length, max_tokens)
     reference = None if against is None else load_any(against, device, torch.float32)
     started = time.perf_counter()
@@ -228,28 +235,20 @@ def decode_speed(model: Any, tokenizer: Any, n_new: int = 32) -> float:
     return n_new / max(run(1 + n_new) - first, 1e-9)
 
 
-def _stored_size(path: str | Path) -> tuple[float, int]:
-    """(bits per weight, bytes) of the checkpoint in `path`.
+def stored_size(folder: Path) -> tuple[float, int]:
+    """(bits per weight, bytes of the weight files) of the checkpoint in `folder`.
 
     In a checkpoint that fewbit did not write, the weights that count are those that it would
     quantize, at what they take in the file.
     """
-    if is_ours(path):
-        from .inspect import inspect
-
-        info = inspect(path)
+    if is_ours(folder):
+        info = inspect(folder)
         return info.bits_per_weight, info.bytes
-    from ..export.checkpoint import Checkpoint
-    from .layout import plan_tensors
-    from .recipe import load_recipe
-
-    source = Checkpoint.open(path)
+    source = Checkpoint.open(folder)
     plan = plan_tensors(load_recipe("w4a16"), source.config, source.tensors)
     linears = [source.tensors[key] for key, tensor in plan.items() if tensor.rule is not None]
-    stored = sum(info.n_bytes for info in linears)
-    n_weights = sum(torch.Size(info.shape).numel() for info in linears)
+    n_weights = sum(math.prod(info.shape) for info in linears)
     if not n_weights:
-        raise CheckpointError(
-            f"{path} holds no weight of a matrix product; is it a language model?"
-        )
-    return 8 * stored / n_weights, source.total_bytes
+        raise CheckpointError(f"{folder} holds no weight of a matrix product; is it a model?")
+    bits = 8 * sum(info.n_bytes for info in linears) / n_weights
+    return bits, sum(shard.file_bytes for shard in source.shards)

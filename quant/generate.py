@@ -8,7 +8,6 @@ No chat template is applied: the prompt goes in as written, after the tokenizer'
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,34 +15,42 @@ from typing import Any
 
 import torch
 
+from ..export.source_files import locate
+from .device import resolve_device
 from .errors import CheckpointError, RecipeError
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+from .load import load, load_tokenizer
+from .stored import METHOD, read_config
 
 
 def load_any(path: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Any:
-    """The transformers model in `path` (folder or hub id), in evaluation mode.
+    """The transformers model in `path` (folder or hub id), ours or not, in evaluation mode.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of the arithmetic; None
     is the checkpoint's own. CheckpointError: not there, not a model, or weights are pickles.
     """
-    if is_ours(path):
-        from .load import load
-
-        return load(path, device=device, dtype=dtype)
+    target = resolve_device(device)
+    folder, _ = locate(str(path), None)
+    if is_ours(folder):
+        return load(folder, device=device, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
-    target = resolve_device(device)
     try:
         with _quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype or "auto", use_safetensors=True
+                str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True
             )
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be opened as a language model: {_first_line(error)}"
+            f"{path} cannot be opened as a language model: {str(error).strip().splitlines()[0]}"
         ) from error
     return model.to(target).eval()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `config.json` in the folder says that fewbit wrote the checkpoint."""
+    return bool(
+        (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD
+    )
 
 
 @contextmanager
@@ -58,35 +65,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def open_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside the model in `path`; CheckpointError if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has no usable tokenizer: {_first_line(error)}; "
-            f"put the model's tokenizer files there"
-        ) from error
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device of a `--device` setting; RecipeError if this machine has no such device."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise RecipeError(f"device must be auto, cpu, cuda or cuda:i, got {device!r}") from error
-    n_gpus = torch.cuda.device_count()
-    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and (found.index or 0) >= n_gpus):
-        raise RecipeError(
-            f"device {device!r} is not available: torch sees a cpu and {n_gpus} GPUs; use auto"
-        )
-    return found
 
 
 def context_length(model: Any) -> int | None:
@@ -106,8 +84,9 @@ def generate(
 
     RecipeError: an empty prompt, a bad setting, or more tokens than the context holds.
     """
-    model = load_any(path, device)
-    return continue_text(model, open_tokenizer(path), prompt, max_new_tokens, temperature, seed)
+    folder, _ = locate(str(path), None)
+    model, tokenizer = load_any(folder, device), load_tokenizer(folder)
+    return continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed)
 
 
 def continue_text(
@@ -160,25 +139,3 @@ def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) ->
             f"context of {context}; shorten one"
         )
     return torch.tensor([ids], dtype=torch.int64, device=model.device)
-
-
-def is_ours(path: str | Path) -> bool:
-    """Whether `config.json` of the folder or hub id says that fewbit wrote the checkpoint."""
-    from transformers import PretrainedConfig
-
-    folder = Path(path).expanduser()
-    if not folder.exists() and not _HUB_ID.fullmatch(str(path)):
-        raise CheckpointError(f"there is no folder {path}; give a model's folder or its hub id")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; give the folder that holds the model")
-    try:
-        config, _ = PretrainedConfig.get_config_dict(str(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is neither a model's folder nor a readable hub id: {_first_line(error)}"
-        ) from error
-    return bool((config.get("quantization_config") or {}).get("quant_method") == "fewbit")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

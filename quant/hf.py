@@ -1,4 +1,4 @@
-"""The adapter to the transformers library: checkpoints of quant_method "fewbit" load and save there.
+"""The adapter to the transformers library: it loads and saves quant_method "fewbit".
 
 Order in which the library calls the quantizer, and what is done at each step:
 
@@ -135,9 +135,10 @@ class FewbitQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> "PreTrainedModel":
-        stored = self._open(checkpoint_files)
-        if not _CHECKED.get():
-            verify(stored)
+        with torch.device("cpu"):  # the library's default is the meta device here
+            stored = self._open(checkpoint_files)
+            if not _CHECKED.get():
+                verify(stored)
         self.quantization_config.tensors.update((stored.manifest or {}).get("exceptions", {}))
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         plan = place(model, stored)

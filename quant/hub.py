@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 from ..export.metadata import MANIFEST
+from ..export.source_files import read_json
 from .errors import CheckpointError
-from .stored import CONFIG, METHOD, foreign, read_json_object
+from .stored import CONFIG, METHOD, foreign
 
 _ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -31,7 +32,7 @@ def fetch(path_or_id: str | Path) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        config = read_json_object(Path(hf_hub_download(name, CONFIG)))
+        config = read_json(Path(hf_hub_download(name, CONFIG)))[1]
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
             raise CheckpointError(f"{name} {foreign(config)}")

@@ -1,9 +1,9 @@
 """Makes the transformers library know quant_method "fewbit" as soon as it is there.
 
-Importing fewbit must stay instant, so it must not import the library; and the user may import either
-first. If the library's registry of quantizers is loaded already, ours is entered at once. Otherwise a
-finder waits on `sys.meta_path` for that one module, lets the ordinary import run, enters ours, and
-removes itself.
+Importing fewbit must stay instant, so it must not import the library; and the user may import
+either first. If the library's registry of quantizers is loaded already, ours is entered at once.
+Otherwise a finder waits on `sys.meta_path` for that one module, lets the ordinary import run,
+enters ours, and removes itself.
 """
 
 import importlib
@@ -17,7 +17,7 @@ _REGISTRY = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Register now if the library's registry is imported, else once it is; repeating is harmless."""
+    """Register now if the library's registry is imported, else when it is; may be repeated."""
     if _REGISTRY in sys.modules:
         importlib.import_module(_REGISTRY)  # waits if another thread is in the middle of it
         _register()

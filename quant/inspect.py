@@ -56,7 +56,7 @@ class Inspection:
 
     def text(self) -> str:
         """A table for people: totals, then quantized weights by format."""
-        total = max(self.bytes, 1)
+        total, rest = max(self.bytes, 1), self.unquantized_bytes
         lines = [
             f"{self.path}",
             f"  recipe            {self.recipe or 'unknown'}",
@@ -64,7 +64,7 @@ class Inspection:
             f"  bits per weight   {self.bits_per_weight:.4f}",
             f"  bytes             {self.bytes:,d}",
             f"    quantized       {self.quantized_bytes:,d} ({self.quantized_bytes / total:.1%})",
-            f"    unquantized     {self.unquantized_bytes:,d} ({self.unquantized_bytes / total:.1%})",
+            f"    unquantized     {rest:,d} ({rest / total:.1%})",
             f"    headers         {self.header_bytes:,d}",
             f"  verified          {'every checksum and shape' if self.verified else 'no'}",
         ]
@@ -95,7 +95,7 @@ def inspect(path: str | Path, verify: bool = False) -> Inspection:
         verify_stored(stored, small_files=True)
     manifest = stored.manifest or {}
     tensors = _facts(stored)
-    quantized = [module for module in stored.modules.values()]
+    quantized = list(stored.modules.values())
     n_weights = sum(module.n_weights for module in quantized)
     n_bytes = sum(module.n_bytes for module in quantized)
     recipe = manifest.get("recipe", {}).get("name") or (stored.quantization or {}).get("recipe")

@@ -1,10 +1,11 @@
 """`load`: a checkpoint of ours as a transformers model, checked first.
 
-The library's own `from_pretrained` builds the model, through the adapter in `hf.py`, so that both ways
-give the same model to the last bit. What is added here happens before: everything that can be wrong
-with the files is found by us and named, so that the library only ever sees sound ones.
+The library's own `from_pretrained` builds the model, through the adapter in `hf.py`, so that both
+ways give the same model to the last bit. What is added here happens before: everything that can be
+wrong with the files is found by us and named, so that the library only ever sees sound ones.
 
-The arithmetic's dtype is the configuration's unless `dtype` says otherwise; stored parts keep theirs.
+The dtype of the arithmetic is the configuration's unless `dtype` says otherwise; stored parts keep
+theirs.
 """
 
 from pathlib import Path
@@ -30,8 +31,8 @@ def load(
 ) -> "PreTrainedModel":
     """The model in a folder or hub id, in evaluation mode; `.generate` works.
 
-    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of activations and of what
-    is not quantized; None is the checkpoint's own. verify: compare every stored byte with its
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of activations and of
+    what is not quantized; None is the checkpoint's own. verify: compare every stored byte with its
     checksum.
 
     CheckpointError: not there, not one of fewbit's, unfinished, newer than this fewbit, or damaged.
@@ -68,8 +69,8 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path_or_id))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path_or_id} has no usable tokenizer: {_first_line(error)}; put the model's tokenizer "
-            f"files there"
+            f"{path_or_id} has no usable tokenizer: {_first_line(error)}; put the model's "
+            f"tokenizer files there"
         ) from error
 
 

@@ -11,6 +11,7 @@ byte was read back and compared with the checksum of what was computed. Ranking 
 and gates are elsewhere.
 """
 
+import json
 import os
 import platform
 import resource
@@ -27,9 +28,10 @@ from ..export.checkpoint import Checkpoint
 from ..export.report import Report
 from ..export.writer import CheckpointWriter, UnitPlan
 from . import publish
-from .errors import RecipeError
+from .device import resolve_device
+from .errors import CalibrationError, RecipeError
 from .layout import plan_tensors, unit_of
-from .preflight import check_resources
+from .preflight import check_resources, text_config
 from .recipe import load_recipe
 from .units import DataFreeUnits, Job, UnitSource
 
@@ -74,13 +76,15 @@ def quantize(
         source, Path(out), recipe, _with_calibration_keys(settings, samples, length),
         calib, device, seed, revision,
     )  # fmt: skip
-    publish.prepare_folder(job.out, restart, job.checkpoint.folder)
+    publish.check_folder(job.out, restart, job.checkpoint.folder)
     units, work = _units(job)
     outlook = check_resources(
         job.out, sum(unit.n_bytes for unit in units), job.checkpoint, job.calibration
     )
     if announce is not None:
         announce(outlook)
+    if restart:
+        publish.discard(job.out)
     writer = CheckpointWriter(job.out, units, _identity(job), MAX_SHARD_BYTES)
     try:
         done = writer.open()
@@ -109,11 +113,13 @@ def _prepare(
     seed: int,
     revision: str | None,
 ) -> Job:
+    _check_seed(seed)
     recipe = load_recipe(recipe_name, settings)
-    passes = plan_passes([(use.name, use.keys) for use in recipe.passes]) if recipe.weights else ()
+    passes = plan_passes([(u.name, u.keys) for u in recipe.passes]) if recipe.quantizes else ()
+    target = resolve_device(device)
     checkpoint = Checkpoint.open(source, revision)
     plan = plan_tensors(recipe, checkpoint.config, checkpoint.tensors)
-    if recipe.weights is not None and not any(tensor.rule for tensor in plan.values()):
+    if recipe.quantizes and not any(tensor.rule for tensor in plan.values()):
         raise RecipeError(
             f"{source}: recipe {recipe.name!r} would quantize none of its {len(plan)} tensors; "
             f"check weights.ignore, or use --recipe identity to copy"
@@ -123,43 +129,44 @@ def _prepare(
         sentence = item.step.refuse(architecture, item.options)
         if sentence:
             raise RecipeError(f"pass {item.step.name} cannot run on {architecture}: {sentence}")
-    job = Job(checkpoint, recipe, passes, plan, out, seed, pick_device(device), None)
+    job = Job(checkpoint, recipe, passes, plan, out, seed, target, None)
     return _with_calibration(job, calib) if job.calibrated else job
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one. RecipeError if a named one is absent."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise RecipeError(f"--device must be auto, cpu, cuda or cuda:i, got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise RecipeError(f"--device must be auto, cpu, cuda or cuda:i, got {device!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} usable GPUs; "
-            f"use --device cpu, or see `fewbit doctor`"
-        )
-    return found
-
-
 def _with_calibration(job: Job, calib: str | None) -> Job:
-    from ..calibrate.data import load_calibration
+    from ..calibrate.data import load_calibration, window_start
     from ..calibrate.model import check_architecture, load_tokenizer
 
     check_architecture(job.checkpoint.config)
-    keys = job.recipe.calibration
+    keys, config = job.recipe.calibration, text_config(job.checkpoint.config)
     tokenizer = load_tokenizer(job.checkpoint.folder)
-    data = load_calibration(calib, tokenizer, keys.samples, keys.length, job.seed)
+    data = load_calibration(
+        calib, tokenizer, keys.samples, keys.length, job.seed,
+        context=_whole_number(config.get("max_position_embeddings")),
+        first_token=window_start(str(config.get("model_type")), tokenizer),
+    )  # fmt: skip
+    top, vocabulary = int(data.windows.max()), _whole_number(config.get("vocab_size"))
+    if vocabulary is not None and top >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer yields id {top}, but the model's vocabulary has {vocabulary} entries; "
+            f"put the tokenizer that belongs to this model into {job.checkpoint.folder}"
+        )
     return replace(job, calibration=data)
+
+
+def _whole_number(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise RecipeError(f"--seed must be a whole number from 0 to 2^63 - 1, got {seed}")
 
 
 def _identity(job: Job) -> dict[str, Any]:
     """What decides the output's bytes; a resumed run must agree in every key."""
     return {
-        "recipe": job.recipe.text,
+        "recipe": json.loads(job.recipe.text),  # a tree, so that a difference can be named
         "source": job.checkpoint.fingerprint,
         "calibration": job.calibration.fingerprint() if job.calibration else None,
         "seed": job.seed,
@@ -200,6 +207,8 @@ def _run(
     started: float,
     progress: Callable[[Progress], None] | None,
 ) -> None:
+    if done == len(source.members):
+        return
     resumed_at = time.monotonic()
     for index in range(len(source.members)):
         if index < done:

@@ -1,11 +1,11 @@
 """From stored modules to the model graph: what replaces which module, and under which name.
 
-    stored                          graph has                    becomes
-    q_proj.{codes,...}              nn.Linear q_proj             QuantLinear q_proj
-    experts.gate_up_proj.{...}      parameter [E, N, K]          FusedExperts at the parameter's name
-    experts.3.w1.{...} and others   parameter [E, 2N, K]         QuantLinear children experts.3.w1, and an
-                                                                 ExpertView at the parameter's name
-    anything else                   any parameter                decoded into the parameter after loading
+    stored                    graph has               becomes
+    q_proj.{codes, ...}       nn.Linear q_proj        QuantLinear q_proj
+    experts.down_proj.{...}   parameter [E, N, K]     FusedExperts at the parameter's name
+    experts.3.w1.{...}, ...   parameter [E, 2N, K]    QuantLinear children experts.3.w1, and an
+                                                      ExpertView at the parameter's name
+    anything else             any parameter           decoded into the parameter after loading
 
 The last row keeps a model correct where no packed holder fits (embeddings, transposed convolutions,
 stacks of which only some experts are quantized, tensors that the library rearranges); it costs the
@@ -95,8 +95,8 @@ def _require_all(model: "PreTrainedModel", names: NameMap, stored: StoredCheckpo
         if any(names.sources(other) for other in same) or any(p.search(name) for p in optional):
             continue
         raise CheckpointError(
-            f"{stored.folder}: no tensor of the checkpoint becomes {name}, which the model needs; the "
-            f"checkpoint is incomplete, or config.json or the model class belongs to another model"
+            f"{stored.folder}: no tensor of the checkpoint becomes {name}, which the model needs; "
+            f"the checkpoint is incomplete, or config.json or the class belongs to another model"
         )
 
 

@@ -30,7 +30,9 @@ def check_resources(
     """One line on what the run will take. CheckpointError if the disk of `out` or the free memory
     cannot hold it."""
     existing = sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
+    spilled = hidden_bytes(checkpoint, calibration)
     needed = max(0, planned_bytes - existing) + _SPARE_BYTES
+    needed += spilled if spilled > RESIDENT_BYTES else 0
     free = shutil.disk_usage(_existing_parent(out)).free
     if free < needed:
         raise CheckpointError(
@@ -57,8 +59,23 @@ def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -
     config = text_config(checkpoint.config)
     largest = max((info.n_bytes for info in checkpoint.tensors.values()), default=0)
     block = checkpoint.n_parameters * 4 // max(int(config.get("num_hidden_layers") or 1), 1)
-    hidden = calibration.windows.numel() * int(config.get("hidden_size") or 0) * 4
-    return 2 * block + 4 * largest + min(hidden, RESIDENT_BYTES)
+    return 2 * block + 4 * largest + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
+
+
+def hidden_bytes(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> int:
+    """Bytes of the hidden states of all calibration windows, in fp32."""
+    if calibration is None:
+        return 0
+    return calibration.windows.numel() * _hidden_size(checkpoint.config) * 4
+
+
+def _hidden_size(config: Mapping[str, Any]) -> int:
+    """Numbers in a hidden state; where the config does not say, that of a large model."""
+    inner = text_config(config)
+    for key in ("hidden_size", "n_embd", "d_model"):
+        if isinstance(inner.get(key), int):
+            return int(inner[key])
+    return 8192
 
 
 def _seconds(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> float:

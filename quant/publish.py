@@ -9,14 +9,13 @@ parts fit their format, then write index, tokenizer files, manifest, report, and
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from ..export.journal import JOURNAL, named_os_errors, write_atomic
+from ..export.journal import JOURNAL, Journal, named_os_errors, write_atomic
 from ..export.metadata import (
     MANIFEST,
     MAX_INLINE_EXCEPTIONS,
@@ -36,11 +35,11 @@ from .layout import PlannedTensor
 from .units import Job
 
 INDEX = "model.safetensors.index.json"
-_OURS = ("config.json", INDEX, "report.json", "report.html", JOURNAL, MANIFEST)
+_OURS = ("config.json", INDEX, "report.json", "report.html", MANIFEST)
 
 
-def prepare_folder(out: Path, restart: bool, source: Path) -> None:
-    """Refuse folders that are not ours; discard our own earlier run if `restart`."""
+def check_folder(out: Path, restart: bool, source: Path) -> None:
+    """Refuse folders that are not ours, and finished ones unless `restart`. Changes nothing."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; the output must be a folder")
     if out.resolve() == source.resolve():
@@ -52,26 +51,31 @@ def prepare_folder(out: Path, restart: bool, source: Path) -> None:
         raise CheckpointError(
             f"{out} exists, is not empty and was not written by fewbit; choose another folder"
         )
-    if restart:
-        _discard(out)
-    elif not unfinished:
+    if not restart and not unfinished:
         raise CheckpointError(
             f"{out} holds a finished checkpoint; choose another folder, or discard it with "
             f"--restart"
         )
 
 
-def _discard(out: Path) -> None:
-    names = set(_OURS)
-    if (out / MANIFEST).is_file():
-        names |= _manifest_files(out)
+def discard(out: Path) -> None:
+    """Remove what an earlier run of ours left in a folder that `check_folder` accepted.
+
+    The journal stays, empty: it is the lock against a second process, and what tells an interrupted
+    removal from a folder of somebody else.
+    """
+    if not (out / JOURNAL).is_file() and not (out / MANIFEST).is_file():
+        return
+    journal = Journal(out / JOURNAL)
     with named_os_errors(out):
-        for path in out.glob("model*.safetensors*"):
+        journal.clear()
+        names = set(_OURS) | _manifest_files(out)
+        for path in out.glob("model*.safetensors"):
             path.unlink()
-        for path in out.glob("*.partial"):
-            path.unlink()
+        _remove_torn(out)
         for name in names:
             (out / name).unlink(missing_ok=True)
+    journal.close()
 
 
 def _manifest_files(out: Path) -> set[str]:
@@ -99,8 +103,16 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     write_atomic(job.out / MANIFEST, manifest_bytes(manifest))
     report = build_report(job, writer, facts)
     write_report(job.out, report)
+    _remove_torn(job.out)
     write_atomic(job.out / "config.json", config_text)
     return report
+
+
+def _remove_torn(out: Path) -> None:
+    """Temporary files of earlier runs that were killed while they wrote them."""
+    with named_os_errors(out):
+        for path in out.glob("*.partial"):
+            path.unlink()
 
 
 def module_spec(tensor: PlannedTensor) -> ModuleSpec:
@@ -114,21 +126,25 @@ def module_spec(tensor: PlannedTensor) -> ModuleSpec:
 
 def verify_written(job: Job, writer: CheckpointWriter) -> None:
     """Read all shards again; compare checksums and headers with what was computed."""
-    expected: dict[str, dict[str, Any]] = {}
+    expected: dict[str, dict[str, str]] = {}
     for shard, item in writer.stored():
-        expected.setdefault(shard, {})[item.name] = item
-    for shard, items in expected.items():
+        expected.setdefault(shard, {})[item.name] = item.crc32c
+    for shard, checksum in writer.header_checksums().items():
         header = read_header(job.out / shard)
-        if header.entries.keys() != items.keys():
-            raise CheckpointError(f"{job.out / shard}: its tensors differ from what was written")
+        if header.crc32c != checksum:  # names, dtypes, shapes and places
+            raise _reads_back_differently(job.out / shard, "its header")
         tensors = map_entries(header)
-        for name, item in items.items():
-            if tuple(tensors[name].shape) != item.shape or crc32c(tensors[name]) != item.crc32c:
-                raise CheckpointError(
-                    f"{job.out / shard}: {name} reads back differently from what was computed; "
-                    f"the disk or the memory is faulty: start over with --restart"
-                )
+        for name, tensor in tensors.items():
+            if crc32c(tensor) != expected[shard][name]:
+                raise _reads_back_differently(job.out / shard, name)
         _check_parts(job, tensors)
+
+
+def _reads_back_differently(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {what} reads back differently from what was computed; the disk or the memory is "
+        f"faulty: start over with --restart"
+    )
 
 
 def _check_parts(job: Job, tensors: Mapping[str, Any]) -> None:
@@ -138,21 +154,35 @@ def _check_parts(job: Job, tensors: Mapping[str, Any]) -> None:
         names = list(tensor.specs())
         if names[0] in tensors:
             parts = {name.removeprefix(tensor.module + "."): tensors[name] for name in names}
-            find_format(tensor.rule.format).check(parts, tensor.shape, tensor.rule.options)
+            try:
+                find_format(tensor.rule.format).check(parts, tensor.shape, tensor.rule.options)
+            except FormatError as error:
+                raise FormatError(f"{tensor.module}: {error}") from error
 
 
 def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
-    config = {k: v for k, v in job.checkpoint.config.items() if k != "quantization_config"}
+    config = _without_encoding(job.checkpoint.config)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = _without_encoding(config["text_config"])
     if specs:
         config["quantization_config"] = build_quantization_config(job.recipe.name, specs)
     return config
 
 
+def _without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what says how the source's weights were stored."""
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+
+
 def _copy(source: Path, target: Path) -> None:
-    with named_os_errors(target.parent):
-        temporary = target.with_name(target.name + ".partial")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: cannot read ({error.strerror}); keep the source in place and run the same "
+            f"command again to resume"
+        ) from error
+    write_atomic(target, data)
 
 
 def _write_index(out: Path, writer: CheckpointWriter) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as it lies on disk: what the headers, `config.json` and the manifest promise.
+"""A checkpoint of ours as it lies on disk: what headers, `config.json` and the manifest promise.
 
 Which modules are quantized is read off the tensor names: `<module>.<part>` for the first term,
 `<module>.term<t>.<part>` for the others, where the parts are those of the format that
@@ -10,11 +10,11 @@ Which modules are quantized is read off the tensor names: `<module>.<part>` for 
 A module that lacks a part, or has one of another dtype or shape, is an error: nobody may find out
 later, with random numbers in its place.
 
-Only headers are read here, so that 100 GB of weights are described in the time that it takes to open
-their files. Contents are checked in `verify.py`; what a model makes of the names is in `placement.py`.
+Only headers are read here, so that 100 GB of weights are described in the time that it takes to
+open their files. Contents are checked in `verify.py`; what a model makes of the names is in
+`placement.py`.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..export.journal import JOURNAL
 from ..export.metadata import (
     MANIFEST,
     ModuleSpec,
@@ -29,8 +30,8 @@ from ..export.metadata import (
     parse_quantization_config,
     read_manifest,
 )
-from ..export.safetensors_file import Entry, Header, read_header, unique_keys
-from ..export.writer import JOURNAL
+from ..export.safetensors_file import Entry, Header, read_header
+from ..export.source_files import find_weights, read_json
 from .errors import CheckpointError, FewbitError
 from .format import PartSpec, find_format
 
@@ -96,7 +97,7 @@ CHECKSUMS = "fewbit.crc32c"
 
 
 def open_stored(folder: Path) -> StoredCheckpoint:
-    """The checkpoint in a local folder. CheckpointError: missing, foreign, unfinished or damaged."""
+    """The checkpoint in a folder. CheckpointError: missing, foreign, unfinished or damaged."""
     config = read_config(folder)
     quantization = config.get("quantization_config")
     has_manifest = (folder / MANIFEST).is_file()
@@ -124,32 +125,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give the folder that holds it")
     if (folder / CONFIG).is_file():
-        return read_json_object(folder / CONFIG)
+        return read_json(folder / CONFIG)[1]
     if (folder / JOURNAL).is_file():
         raise CheckpointError(
             f"{folder} holds an unfinished run; run the same quantize command again to finish it"
         )
     raise CheckpointError(
-        f"{folder} has no {CONFIG}, so it is not a checkpoint; give the folder that `fewbit quantize` "
-        f"wrote"
+        f"{folder} has no {CONFIG}, so it is not a checkpoint; give the folder that "
+        f"`fewbit quantize` wrote"
     )
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose top is an object; CheckpointError for anything else."""
-    try:
-        found = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot read ({error.strerror}); check its rights"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not valid JSON: {str(error)[:120]}; it is damaged, fetch or quantize again"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a {type(found).__name__}, a JSON object is expected")
-    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -158,31 +142,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}; its weights are missing, fetch or quantize "
-            f"again"
+            f"{folder} has neither {SINGLE} nor {INDEX}; its weights are missing, fetch or "
+            f"quantize again"
         )
-    files = sorted(set(_weight_map(folder).values()))
-    for name in files:
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder / name} is missing, {INDEX} names it; fetch or quantize again"
-            )
-    return [folder / name for name in files]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file name, from the index; file names are checked to stay inside the folder."""
-    path = folder / INDEX
-    found = read_json_object(path).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path}: weight_map must be an object, got {found!r:.80}")
-    for key, name in found.items():
-        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)
-        if not plain:
-            raise CheckpointError(
-                f"{path}: {key} is said to be in {name!r:.80}, not a plain file name"
-            )
-    return found
+    return list(find_weights(folder).paths)
 
 
 def describe(
@@ -214,7 +177,7 @@ def _check_index(folder: Path, headers: tuple[Header, ...]) -> None:
     """Every tensor that the index names is where it says, and the other way round."""
     if len(headers) == 1 or not (folder / INDEX).is_file():
         return
-    promised = _weight_map(folder)
+    promised = find_weights(folder).weight_map
     found = {name: header.path.name for header in headers for name in header.entries}
     for name in sorted(promised.keys() | found.keys()):
         if promised.get(name) != found.get(name):
@@ -238,7 +201,8 @@ def _find_modules(
     facts = manifest["modules"] if manifest is not None else dict.fromkeys(found)
     for module in sorted(facts.keys() - found.keys()):
         raise CheckpointError(
-            f"{folder}: no part of quantized module {module} is in the files; fetch or quantize again"
+            f"{folder}: no part of quantized module {module} is in the files; "
+            f"fetch or quantize again"
         )
     modules = {}
     for module, fact in facts.items():

@@ -2,12 +2,12 @@
 
 What a checkpoint can be compared with:
 
-    fewbit.json              our writer's: its own checksum; size and header checksum of each shard;
-                             CRC32C of each tensor's bytes; of each small file; SHA-256 of config.json
-                             and of its quantization_config
-    header of each file      `save_pretrained`'s, which writes no manifest: under `fewbit.crc32c` the
-                             CRC32C of each tensor's bytes followed by its dtype and shape, and under
-                             `fewbit.config_sha256` the hash of quantization_config
+    fewbit.json           our writer's: its own checksum; size and header checksum of each shard;
+                          CRC32C of each tensor's bytes; of each small file; SHA-256 of config.json
+                          and of its quantization_config
+    header of each file   `save_pretrained`'s, which writes no manifest: under `fewbit.crc32c` the
+                          CRC32C of each tensor's bytes followed by its dtype and shape, and under
+                          `fewbit.config_sha256` the hash of quantization_config
 
 Tensors are read through a memory map, once: the model that is built afterwards maps the same pages.
 A single flipped bit is always found; this guards against accidents, not against forgery.
@@ -35,7 +35,7 @@ _AGAIN = "it is damaged or was changed: fetch or quantize again"
 
 
 def verify_checkpoint(folder: Path) -> StoredCheckpoint:
-    """Check everything in a folder, tokenizer files included. CheckpointError names what differs."""
+    """Check all of a folder, tokenizer files included. CheckpointError names what differs."""
     stored = open_stored(folder)
     verify(stored, small_files=True)
     return stored

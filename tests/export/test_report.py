@@ -1,0 +1,105 @@
+"""Building a report from a run's journal rows, writing it, and its lines for a terminal."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fewbit.export.report import build_report, summary_text, write_report
+from fewbit.quant.format import PartSpec
+
+
+@dataclass
+class Planned:
+    """A planned tensor as a report reads it."""
+
+    key: str
+    rule: object = None
+    reason: str = "the recipe leaves it out"
+    shape: tuple[int, ...] = (4, 8)
+
+    def specs(self) -> dict[str, PartSpec]:
+        return {self.key: PartSpec(torch.bfloat16, self.shape)}
+
+
+@dataclass
+class Run:
+    """A job with one quantized and one kept tensor."""
+
+    calibration: Any = None
+    seed: int = 5
+    checkpoint: Any = field(
+        default_factory=lambda: SimpleNamespace(name="m", revision=None, fingerprint="ff")
+    )
+    recipe: Any = field(
+        default_factory=lambda: SimpleNamespace(name="w4", text="{}", allow_fallback=True)
+    )
+    plan: dict[str, Planned] = field(
+        default_factory=lambda: {
+            "a.weight": Planned("a.weight", rule=object()),
+            "lm_head.weight": Planned("lm_head.weight"),
+        }
+    )
+
+
+def rows(**changes: Any) -> list[dict[str, Any]]:
+    plain = {
+        "name": "model.layers.0.self_attn.q_proj", "shape": [8, 32], "format": "int_group",
+        "options": {"bits": 4}, "bits_per_weight": 4.5, "n_bytes": 144, "n_weights": 256,
+        "relative_error": 0.08, "output_error": 0.05, "block": "model.layers.0", "fallbacks": [],
+        "seconds": 0.25,
+    }  # fmt: skip
+    return [{**plain, **changes}]
+
+
+FACTS = {
+    "wall_seconds": 1.5, "peak_resident_bytes": 2_000_000, "environment": {"torch": "2.9"},
+    "pid": 1, "command": "fewbit quantize m",
+}  # fmt: skip
+
+
+def test_a_report_is_built_from_plan_and_rows() -> None:
+    writer = SimpleNamespace(rows=[rows(), [], rows(name="b", tokens=[1, 0])])
+    data = SimpleNamespace(fingerprint=lambda: {"source": "bundled"})
+    found = build_report(Run(calibration=data), writer, FACTS)
+    assert [row.name for row in found.tensors] == ["model.layers.0.self_attn.q_proj", "b"]
+    assert [(row.name, row.n_bytes) for row in found.kept] == [("lm_head.weight", 64)]
+    assert found.provenance.calibration == {"source": "bundled"}
+    assert found.provenance.command == "fewbit quantize m"
+    assert found.allow_fallback is True
+    without = {key: value for key, value in FACTS.items() if key != "command"}
+    plain = build_report(Run(), SimpleNamespace(rows=[]), without)
+    assert plain.provenance.calibration is None and plain.provenance.command == ""
+
+
+def test_both_files_are_written_whole_and_replaced(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        report = build_report(Run(), SimpleNamespace(rows=[rows(name=name)]), FACTS)
+        write_report(tmp_path, report)
+        found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert list(found["tensors"]) == [name]
+        assert f">{name}<" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_the_summary_names_what_matters() -> None:
+    stack = rows(name="model.layers.0.mlp.experts.up_proj", tokens=[0, 9], output_error=None)
+    writer = SimpleNamespace(rows=[rows(fallbacks=["rounded to nearest"]), stack])
+    text = summary_text(build_report(Run(), writer, FACTS))
+    assert text.startswith("2 weights quantized at 4.500 bits, 1 tensors kept; 352 bytes, 1.5 s, ")
+    figures = [line.split() for line in text.split("\n")]
+    assert ["attention", "144", "0"] in figures
+    assert ["head", "0", "64"] in figures
+    assert "model.layers.0.mlp.experts: 1 of 2 experts saw no token" in text
+    assert "1 fallback\n  model.layers.0.self_attn.q_proj: rounded to nearest" in text
+    errors = text.split("largest errors")[1].split("\n")
+    assert errors[1].split() == ["0.0800", "-", "model.layers.0.mlp.experts.up_proj"]
+    assert errors[2].split() == ["0.0800", "0.0500", "model.layers.0.self_attn.q_proj"]
+
+
+def test_the_summary_of_a_copy_has_no_errors_to_show() -> None:
+    text = summary_text(build_report(Run(), SimpleNamespace(rows=[]), FACTS))
+    assert text.startswith("0 weights quantized at 0.000 bits")
+    assert "largest errors" not in text
