@@ -64,6 +64,13 @@ class MatrixBatch:
         )
         return _pad(_pad(stacked, self.padded_k).mT, self.padded_k).mT
 
+    def drifts(self) -> torch.Tensor:
+        """fp32 [B, padded K, padded K]: (x − x̂)ᵀ x̂; every matrix must have it."""
+        found = [
+            m.moments.drift for m in self.matrices if m.moments and m.moments.drift is not None
+        ]
+        return _pad(_pad(torch.stack(found), self.padded_k).mT, self.padded_k).mT
+
     def clips(self) -> torch.Tensor | None:
         """Range factors [B, N, groups] left by a search pass, None if there are none."""
         if self.matrices[0].pieces[0].weight.clip is None:
@@ -86,7 +93,7 @@ def _join(matrix: Matrix, part: Any) -> torch.Tensor:
 
 
 def _piece_value(piece: Piece) -> torch.Tensor:
-    value = piece.weight.value
+    value = piece.weight.value if piece.weight.target is None else piece.weight.target
     return value if piece.expert is None else value[piece.expert]
 
 

@@ -291,11 +291,13 @@ class ModelGraph:
         for name in self._names_under(self.block_names[index]):
             self._unload(name)
 
-    def run(self, index: int, inputs: BlockInput) -> torch.Tensor:
-        """Hidden state [b, T, H] after materialized block `index`."""
+    def run(self, index: int, inputs: BlockInput, block: nn.Module | None = None) -> torch.Tensor:
+        """Hidden state [b, T, H] after materialized block `index`, or after `block` in its place."""
         call = inputs.calls[index]
         with torch.no_grad():
-            output = self._blocks[index](inputs.hidden.to(self.device), *call.args, **call.kwargs)
+            output = (block or self._blocks[index])(
+                inputs.hidden.to(self.device), *call.args, **call.kwargs
+            )
         return output[0] if isinstance(output, tuple) else output
 
     def set_weight(self, source_name: str, value: torch.Tensor, transposed: bool = False) -> None:

@@ -25,11 +25,15 @@ Kind = Literal["xform", "alloc", "round", "tune"]
 class Moments:
     """Second moments of one activation over the calibration tokens.
 
-    hessian: fp32 [K, K], XᵀX / tokens. tokens: rows of X that were seen.
+    hessian: fp32 [K, K], X̂ᵀX̂ / tokens, for the inputs X̂ that the quantized model makes.
+    tokens: rows of X̂ that were seen.
+    drift: fp32 [K, K], (X − X̂)ᵀX̂ / tokens, X being the original model's inputs for the same tokens;
+        None if it was not asked for, or if the rows of the two cannot be paired (experts).
     """
 
     hessian: torch.Tensor
     tokens: int
+    drift: torch.Tensor | None = None
 
 
 Stats = Mapping[str, Moments]  # by `Weight.input_key`
@@ -39,7 +43,7 @@ Stats = Mapping[str, Moments]  # by `Weight.input_key`
 class Pass:
     """One pass.
 
-    needs(options): names of the statistics that it reads ("moments"), empty for data-free ones.
+    needs(options): names of the statistics that it reads ("moments", "drift"), empty for data-free ones.
     refuse(architecture, options): a sentence why the architecture cannot take it, or None.
     run(block, stats, options): the changed block. Rounding passes set `Weight.packed`.
     """

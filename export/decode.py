@@ -30,12 +30,14 @@ import numpy as np
 import torch
 
 from ..quant.errors import CheckpointError
-from .safetensors_file import Entry
+from .safetensors_file import Entry, new_buffer
 
+Float32s = np.ndarray[Any, np.dtype[np.float32]]
+Halves = np.ndarray[Any, np.dtype[np.uint16]]
 Fetch = Callable[[str, int, int], torch.Tensor]  # stored name, start row, stop row -> rows
 
 DEFAULT_BLOCK = (128, 128)  # what the config means when it says nothing
-CHUNK = 2**22  # float32 numbers decoded at a time: 16 MiB
+CHUNK = 2**18  # float32 numbers at work at a time: 1 MiB stays in the cache
 MX_GROUP = 32  # numbers that share a scale
 NOT_READ = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", "_weight_qdata")
 _FLOAT8 = {
@@ -111,17 +113,12 @@ def decode_rows(tensor: LogicalTensor, fetch: Fetch, start: int, stop: int) -> t
     """Rows [start, stop) of the leading axis, decoded; reads only what they need."""
     if tensor.info.encoding == "plain":
         return fetch(tensor.weight, start, stop)
-    out = torch.empty((stop - start, *tensor.info.shape[1:]), dtype=torch.bfloat16)
-    if tensor.info.encoding == "mxfp4":
-        for row in range(start, stop):
-            blocks = fetch(tensor.weight, row, row + 1)
-            out[row - start] = decode_mxfp4(blocks, fetch(tensor.scale, row, row + 1))[0]
-        return out
-    step = max(1, CHUNK // max(1, math.prod(tensor.info.shape[1:])))
-    for row in range(start, stop, step):
-        end = min(row + step, stop)
-        out[row - start : end - start] = _fp8_rows(tensor, fetch, row, end)
-    return out
+    shape = (stop - start, *tensor.info.shape[1:])
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    if tensor.info.encoding == "fp8_block":
+        return _fp8_rows(tensor, fetch, start, stop)
+    return decode_mxfp4(fetch(tensor.weight, start, stop), fetch(tensor.scale, start, stop))
 
 
 def decode_fp8(
@@ -129,29 +126,45 @@ def decode_fp8(
 ) -> torch.Tensor:
     """bf16 [.., N, K] from float8 [.., N, K] and scales [.., row blocks, column blocks].
 
-    `first_row` is the place of row 0 of `weight` in the first block of rows.
+    `first_row` is the place of row 0 of `weight` in the first block of rows. numpy does the work:
+    torch's threads cost more than they save on pieces that fit the cache (measured).
     """
     *lead, n_rows, n_columns = weight.shape
-    values = np.take(_float8_table(weight.dtype), weight.view(torch.uint8).numpy())
-    rows = (np.arange(n_rows) + first_row) // block[0]
-    factors = _multipliers(scale).numpy()[..., rows, :]  # [.., N, blocks of columns]
-    n_blocks = factors.shape[-1]
-    # One multiplication per block of columns: repeating the factors would cost another pass.
-    # numpy, because torch's threads cost more than they save on pieces of this size (measured).
-    for index in range(n_blocks):
-        columns = slice(index * block[1], min((index + 1) * block[1], n_columns))
-        with np.errstate(over="ignore", invalid="ignore"):  # the reader names NaN and Inf
-            values[..., columns] *= factors[..., index : index + 1]
-    return torch.from_numpy(values).to(torch.bfloat16).reshape(*lead, n_rows, n_columns)
+    out = _new_bfloat16(tuple(weight.shape))
+    codes = weight.view(torch.uint8).reshape(-1, n_rows, n_columns).numpy()
+    result = _bits(out).reshape(-1, n_rows, n_columns)
+    factors = _multipliers(scale)
+    factors = np.broadcast_to(factors, (*lead, *factors.shape[-2:]))
+    factors = factors.reshape(-1, *factors.shape[-2:])
+    table, step = _float8_table(weight.dtype), max(1, CHUNK // max(1, n_columns))
+    for matrix in range(len(codes)):
+        for row in range(0, n_rows, step):
+            values = np.take(table, codes[matrix, row : row + step])
+            in_block = (np.arange(len(values)) + row + first_row) // block[0]
+            wide = np.repeat(factors[matrix, in_block], block[1], axis=-1)[:, :n_columns]
+            with np.errstate(over="ignore", invalid="ignore"):  # the reader names NaN and Inf
+                values *= wide
+                result[matrix, row : row + step] = _round_to_bfloat16(values)
+    return out
 
 
 def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """bf16 [E, K, N] from uint8 blocks [E, N, K/32, 16] and E8M0 scales [E, N, K/32]."""
     n_experts, n_rows, n_groups, _ = blocks.shape
-    pairs = torch.from_numpy(np.take(_pair_table(), blocks.numpy()))
-    values = pairs.view(torch.bfloat16).reshape(n_experts, n_rows, n_groups, MX_GROUP)
-    values *= _multipliers(scales).to(torch.bfloat16)[..., None]  # a power of two: exact
-    return values.reshape(n_experts, n_rows, n_groups * MX_GROUP).transpose(1, 2).contiguous()
+    n_columns = n_groups * MX_GROUP
+    out = _new_bfloat16((n_experts, n_columns, n_rows))
+    codes, result, factors = blocks.numpy(), _bits(out), _multipliers(scales)
+    table, step = _pair_table(), max(1, CHUNK // max(1, n_columns))
+    for expert in range(n_experts):
+        for row in range(0, n_rows, step):
+            rows = slice(row, row + step)
+            values = np.take(table, codes[expert, rows]).view(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values *= factors[expert, rows, :, None]
+            # The product is exact in bfloat16, so that its upper half is all of it.
+            upper = values.reshape(len(values), -1).view(np.uint16)[:, 1::2]
+            result[expert, :, rows] = upper.T
+    return out
 
 
 # --- which tensors belong together --------------------------------------------------------------
@@ -232,8 +245,8 @@ def _scale_grid(
     *lead, n_rows, n_columns = entry.shape
     whole = (max(n_rows, 1), max(n_columns, 1))
     grid = (*lead, -(-n_rows // block[0]), -(-n_columns // block[1]))
-    if scale.shape == grid:
-        return block, grid
+    if scale.shape == grid:  # a block larger than the matrix means the matrix
+        return (min(block[0], whole[0]), min(block[1], whole[1])), grid
     if math.prod(scale.shape) == 1:  # one number for everything
         return whole, (1,) * len(entry.shape)
     if lead and scale.shape in ((*lead,), (*lead, 1), (*lead, 1, 1)):
@@ -289,29 +302,54 @@ def _fp8_rows(tensor: LogicalTensor, fetch: Fetch, start: int, stop: int) -> tor
     return decode_fp8(weight, scale.reshape(-1, *tensor.scale_shape[1:]), tensor.block, in_block)
 
 
-def _multipliers(scale: torch.Tensor) -> torch.Tensor:
+def _multipliers(scale: torch.Tensor) -> Float32s:
     """fp32 scales; bytes and E8M0 numbers are bare exponents."""
     if scale.dtype in _E8M0:
-        return torch.from_numpy(np.take(_exponent_table(), scale.view(torch.uint8).numpy()))
-    return scale.to(torch.float32)
+        return np.take(_exponent_table(), scale.view(torch.uint8).numpy())
+    return scale.to(torch.float32).numpy()
 
 
-def _exponent_table() -> np.ndarray[Any, np.dtype[np.float32]]:
+def _exponent_table() -> Float32s:
     """fp32 value of each E8M0 byte."""
     table = np.ldexp(np.ones(256, np.float32), np.minimum(np.arange(256), 254) - 127)
     table[255] = np.nan
     return table
 
 
-def _float8_table(dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _float8_table(dtype: torch.dtype) -> Float32s:
     """fp32 value of each float8 byte. A look-up is four times as fast as torch's conversion."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32).numpy()
 
 
-def _pair_table() -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Two bfloat16 for each byte, the low nibble at the lower address."""
+def _pair_table() -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Two fp32 numbers for each byte, the low nibble at the lower address."""
     positive = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    value = torch.tensor(positive + [-x for x in positive], dtype=torch.bfloat16)
-    byte = torch.arange(256)
-    pairs = torch.stack([value[byte & 15], value[byte >> 4]], dim=-1).contiguous()
-    return pairs.view(torch.int32).flatten().numpy()
+    value = np.array(positive + [-x for x in positive], np.float32)
+    byte = np.arange(256)
+    return np.stack([value[byte & 15], value[byte >> 4]], axis=-1).view(np.uint64).reshape(-1)
+
+
+def _new_bfloat16(shape: tuple[int, ...]) -> torch.Tensor:
+    return new_buffer(math.prod(shape) * 2).view(torch.bfloat16).reshape(shape)
+
+
+def _bits(tensor: torch.Tensor) -> Halves:
+    """The 16 bits of each number of a bfloat16 tensor, sharing its memory."""
+    return tensor.view(torch.int16).numpy().view(np.uint16)
+
+
+def _round_to_bfloat16(values: Float32s) -> Halves:
+    """Bits of the nearest bfloat16, ties to even; `values` are overwritten.
+
+    Adding 7fff, or 8000 if the kept part is odd, carries into it exactly when rounding is up. That
+    would turn a NaN with a long payload into a number, so torch converts a piece that may hold one.
+    """
+    if not np.isfinite(values.sum()):
+        return _bits(torch.from_numpy(values).to(torch.bfloat16))
+    bits = values.view(np.uint32)
+    odd = bits >> 16
+    odd &= 1
+    bits += 0x7FFF
+    bits += odd
+    bits >>= 16
+    return bits.astype(np.uint16)

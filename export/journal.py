@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,7 +88,8 @@ class Journal:
     def close(self) -> None:
         """Release the lock."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk: a torn line is dropped by the next `open`
+                self._file.close()
             self._file = None
 
 

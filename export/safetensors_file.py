@@ -126,7 +126,7 @@ def read_entry(header: Header, name: str, start: int = 0, stop: int | None = Non
         shape = (stop - start, *shape[1:])
     elif (start, stop) not in ((0, None), (0, 1)):
         raise IndexError(f"{name}: a 0-d tensor has no rows, asked for [{start}, {stop})")
-    buffer = _buffer(math.prod(shape) * entry.dtype.itemsize)
+    buffer = new_buffer(math.prod(shape) * entry.dtype.itemsize)
     if buffer.numel():
         _read_into(header, buffer, offset)
     return buffer.view(entry.dtype).reshape(shape)
@@ -314,7 +314,7 @@ def _check_contiguous(path: Path, found: list[Entry], begin: int, file_bytes: in
 # --- data ---------------------------------------------------------------------------------------
 
 
-def _buffer(n_bytes: int) -> torch.Tensor:
+def new_buffer(n_bytes: int) -> torch.Tensor:
     """Uninitialised uint8 [n_bytes].
 
     Large ones lie on huge pages: faulting in 4-KiB pages costs more than copying the data

@@ -21,6 +21,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -362,7 +363,8 @@ class CheckpointWriter:
     def abandon(self) -> None:
         """Close files without removing anything, so that a later run resumes."""
         if self._data is not None:
-            self._data.close()
+            with suppress(OSError):  # of a full disk: bytes that no journal line speaks of
+                self._data.close()
             self._data = None
         self._journal.close()
 

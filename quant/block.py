@@ -21,6 +21,7 @@ class Weight:
         `name + suffix`, suffix `.weight` or empty (fused expert parameters).
     value: fp32 or source dtype, logical orientation [N, K] or [E, N, K].
     format, options: where it is to be stored.
+    target: what rounding should come close to, fp32; None means `value` itself.
     input_key: names the activation that it multiplies; weights with the same key share statistics.
     clip: per-group range factor left by a search pass, [..., N, groups].
     notes: fallbacks and other remarks for the report; a fallback makes the run fail closed.
@@ -33,6 +34,7 @@ class Weight:
     suffix: str = ".weight"
     transposed: bool = False
     input_key: str = ""
+    target: torch.Tensor | None = None
     clip: torch.Tensor | None = None
     packed: PackedTensor | None = None
     fallbacks: list[str] = field(default_factory=list)

@@ -15,13 +15,23 @@ memory-mapped file in the output folder.
 import os
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..calibrate.collect import MomentSums, Operand, Stage, operands, stages
+from ..calibrate.collect import (
+    MomentSums,
+    Operand,
+    OriginalInputs,
+    Stage,
+    StageInputs,
+    operands,
+    stages,
+)
 from ..calibrate.matrices import expert_key
 from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.protocol import Stats
@@ -29,6 +39,7 @@ from ..calibrate.structure import find_structure
 from ..export.journal import named_os_errors
 from ..export.writer import CheckpointWriter, Chunked
 from .block import Block, Weight
+from .device import calibration_dtype
 from .errors import CalibrationError
 from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
@@ -45,9 +56,12 @@ class BlockwiseUnits(UnitSource):
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        dtype = torch.float32 if job.device.type == "cpu" else job.checkpoint.dtype
+        dtype = calibration_dtype(job.device, job.checkpoint.dtype)
         self._graph = ModelGraph(job.checkpoint.config, job.checkpoint, dtype, job.device)
+        self._needs = {n for item in job.passes for n in item.step.needs(item.options)}
         self._inputs: list[BlockInput] | None = None
+        self._originals: list[BlockInput] = []  # the same in the original model, if asked for
+        self._twin: nn.Module | None = None  # the current block as it was
         blocks = [list(self._graph.block_sources(i)) for i in range(len(self._graph.block_names))]
         outer = list(self._graph.outer_sources())
         self._refuse_outer(outer)
@@ -80,6 +94,8 @@ class BlockwiseUnits(UnitSource):
             if data is None:
                 raise CalibrationError("a calibrated run needs calibration windows, got none")
             self._inputs = self._embed(data.windows)
+            if "drift" in self._needs:
+                self._originals = self._embed(data.windows)
         return self._inputs
 
     def _embed(self, windows: torch.Tensor) -> list[BlockInput]:
@@ -92,15 +108,25 @@ class BlockwiseUnits(UnitSource):
         inputs: list[BlockInput] = []
         for piece in windows.split(size):
             found = self._graph.start(piece, batch)
-            for item in found if spill else ():
-                item.hidden = spill.take(item.hidden)
+            if spill is not None:
+                for item in found:
+                    item.hidden = spill.take(item.hidden)
             inputs += found
         return inputs
 
+    def _materialize(self, block: int) -> None:
+        """The block's own weights in the graph, and a twin that keeps them if drift is measured."""
+        self._hidden()
+        module = self._graph.materialize(block)
+        self._twin = deepcopy(module) if self._originals else None
+
     def _advance(self, block: int) -> None:
+        for item in self._originals:
+            item.hidden.copy_(self._graph.run(block, item, self._twin))
         for item in self._hidden():
             item.hidden.copy_(self._graph.run(block, item))
         self._graph.release(block)
+        self._twin = None
 
     # -- UnitSource -----------------------------------------------------------------------------
 
@@ -109,7 +135,7 @@ class BlockwiseUnits(UnitSource):
         block = self._block_index(index)
         if block is None:
             return
-        self._graph.materialize(block)
+        self._materialize(block)
         for key in self.members[index][1]:
             tensor = self._job.plan[key]
             if tensor.rule is not None:
@@ -137,7 +163,7 @@ class BlockwiseUnits(UnitSource):
         self, block: int, name: str, keys: Sequence[str], rows: list[Any]
     ) -> dict[str, PackedTensor]:
         graph, inputs = self._graph, self._hidden()
-        graph.materialize(block)
+        self._materialize(block)
         parameters = graph.block_parameters(block)
         found = operands(find_structure(graph, block, inputs[0]), parameters)
         planned = self._by_operand(keys, found)
@@ -189,14 +215,28 @@ class BlockwiseUnits(UnitSource):
         return slot.expert in stage.experts
 
     def _statistics(self, block: int, stage: Stage, rest: Sequence[Stage]) -> Stats:
-        needed = {n for item in self._job.passes for n in item.step.needs(item.options)}
-        if "moments" not in needed:
+        if "moments" not in self._needs:
             return {}
-        sums = MomentSums(stage, stage.later(rest))
+        sums, wanted = MomentSums(), StageInputs(stage, stage.later(rest))
         parameters = self._graph.block_parameters(block)
-        for item in self._hidden():
-            sums.watch(parameters, partial(self._graph.run, block, item))
+        for index, item in enumerate(self._hidden()):
+            original = self._original_inputs(block, index, wanted)
+
+            def take(key: str, rows: torch.Tensor, original: OriginalInputs = original) -> None:
+                sums.add(key, rows, original.next(key, rows))
+
+            wanted.watch(parameters, partial(self._graph.run, block, item), take)
         return sums.moments()
+
+    def _original_inputs(self, block: int, index: int, wanted: StageInputs) -> OriginalInputs:
+        """Batch `index` of the stage's inputs in the original model; empty if not asked for."""
+        found = OriginalInputs()
+        if self._twin is not None:
+            prefix = self._graph.block_names[block]
+            twin = {f"{prefix}.{name}": p for name, p in self._twin.named_parameters()}
+            run = partial(self._graph.run, block, self._originals[index], self._twin)
+            wanted.watch(twin, run, found.put)
+        return found
 
     def _round_stage(
         self,
@@ -267,8 +307,9 @@ class Spill:
 
 
 def _output_error(weight: Weight, rounded: torch.Tensor, stats: Stats) -> float | None:
-    """sqrt(tr(D H Dᵀ) / tr(W H Wᵀ)): relative error of the product on calibration inputs."""
-    value = weight.value.float()
+    """sqrt(tr(D H Dᵀ) / tr(T H Tᵀ)), T what was rounded, D = T − Ŵ: relative error that rounding
+    made in the product, on calibration inputs."""
+    value = weight.value.float() if weight.target is None else weight.target
     if value.dim() == 2:
         pairs = [(value, rounded, stats.get(weight.input_key))]
     else:

@@ -1,7 +1,7 @@
 """The command `fewbit`. Flags and recipe keys share names; every error is one line, exit code 1.
 
 Exit codes: 0 done, 1 named error, 2 wrong usage, 3 finished but the quality gate failed or a
-fallback happened that the recipe does not allow. `--json -` prints one JSON object and nothing else
+fallback happened that the recipe does not allow, 130 interrupted. `--json -` prints one JSON object and nothing else
 on stdout. Nothing heavy is imported before a command needs it, so `--help` is instant.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import FewbitError
 
-EXIT_ERROR, EXIT_GATE = 1, 3
+EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED = 1, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,11 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FewbitError as error:
         if options.debug:
             raise
-        print(f"fewbit: {type(error).__name__}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split())  # of a library's error, too: one line
+        print(f"fewbit: {type(error).__name__}: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("fewbit: interrupted; the same command resumes", file=sys.stderr)
-        return 130
+        resumes = "; the same command resumes" if options.command == "quantize" else ""
+        print(f"fewbit: interrupted{resumes}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return EXIT_ERROR
 
@@ -137,8 +139,8 @@ def _quantize(options: argparse.Namespace) -> int:
         print(summary_text(report))
     if report.fallbacks and not report.allow_fallback:
         print(
-            f"fewbit: {len(report.fallbacks)} weights were rounded by fallback (see "
-            f"{Path(options.out) / 'report.html'}); accept with --set allow_fallback=true",
+            f"fewbit: {len(report.fallbacks)} fallbacks, see {Path(options.out) / 'report.html'}; "
+            f"give more --samples, or accept them with --restart --set allow_fallback=true",
             file=sys.stderr,
         )
         return EXIT_GATE

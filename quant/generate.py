@@ -31,7 +31,8 @@ def load_any(path: str | Path, device: str = "auto", dtype: torch.dtype | None =
     target = resolve_device(device)
     folder, _ = locate(str(path), None)
     if is_ours(folder):
-        return load(folder, device=device, dtype=dtype)
+        with _quiet_loading():
+            return load(folder, device=device, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
     try:

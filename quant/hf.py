@@ -108,7 +108,7 @@ class _ExactNames(WeightRenaming):
         target = self.names.get(source_key)
         if target is None:
             return source_key, None
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc]  # a slot of the class above
         return target, None
 
     def reverse_transform(self) -> "_ExactNames":

@@ -1,9 +1,9 @@
 """Makes the transformers library know quant_method "fewbit" as soon as it is there.
 
 Importing fewbit must stay instant, so it must not import the library; and the user may import
-either first. If the library's registry of quantizers is loaded already, ours is entered at once.
+either first. If the library's model loader is imported already, our quantizer is registered now.
 Otherwise a finder waits on `sys.meta_path` for that one module, lets the ordinary import run,
-enters ours, and removes itself.
+registers, and removes itself.
 """
 
 import importlib
@@ -13,13 +13,15 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-_REGISTRY = "transformers.quantizers.auto"
+# Every way to a model leads through it, and it imports the registry of quantizers. The registry
+# would be too early: it is imported in the middle of this module, which the adapter needs whole.
+_LOADER = "transformers.modeling_utils"
 
 
 def install() -> None:
-    """Register now if the library's registry is imported, else when it is; may be repeated."""
-    if _REGISTRY in sys.modules:
-        importlib.import_module(_REGISTRY)  # waits if another thread is in the middle of it
+    """Register now if the library's loader is imported, else when it is; may be repeated."""
+    if _LOADER in sys.modules:
+        importlib.import_module(_LOADER)  # waits if another thread is in the middle of it
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -32,13 +34,13 @@ def _register() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Answers for the registry module only."""
+    """Answers for the library's loader only."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The ordinary spec with a loader that registers afterwards."""
-        if fullname != _REGISTRY:
+        if fullname != _LOADER:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:

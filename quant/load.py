@@ -43,6 +43,8 @@ def load(
     stored = open_stored(folder)
     if verify:
         verify_stored(stored)
+    # The loader before the adapter: the import hook takes their locks in this order, too.
+    import transformers.modeling_utils  # noqa: F401
     from transformers import AutoModelForCausalLM
 
     from .hf import already_checked, register

@@ -28,7 +28,7 @@ from ..export.checkpoint import Checkpoint
 from ..export.report import Report
 from ..export.writer import CheckpointWriter, UnitPlan
 from . import publish
-from .device import resolve_device
+from .device import calibration_dtype, resolve_device
 from .errors import CalibrationError, RecipeError
 from .layout import plan_tensors, unit_of
 from .preflight import check_resources, text_config
@@ -182,6 +182,7 @@ def environment(job: Job) -> dict[str, Any]:
     if job.calibrated:
         facts["transformers"] = version("transformers")
         facts["device"] = job.device.type
+        facts["dtype"] = str(calibration_dtype(job.device, job.checkpoint.dtype))
         facts["threads"] = torch.get_num_threads()
         facts["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         if job.device.type == "cuda":

@@ -10,11 +10,13 @@ parts fit their format, then write index, tokenizer files, manifest, report, and
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
+from ..export.checkpoint import Checkpoint
 from ..export.journal import JOURNAL, Journal, named_os_errors, write_atomic
 from ..export.metadata import (
     MANIFEST,
@@ -102,6 +104,8 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     manifest = _manifest(job, writer, config, config_text, more)
     write_atomic(job.out / MANIFEST, manifest_bytes(manifest))
     report = build_report(job, writer, facts)
+    provenance = replace(report.provenance, source=_public_name(job.checkpoint))
+    report = replace(report, provenance=provenance)
     write_report(job.out, report)
     _remove_torn(job.out)
     write_atomic(job.out / "config.json", config_text)
@@ -213,7 +217,7 @@ def _manifest(
         "version": VERSION,
         "recipe": {"name": job.recipe.name, "text": job.recipe.text},
         "source": {
-            "name": job.checkpoint.name,
+            "name": _public_name(job.checkpoint),
             "revision": job.checkpoint.revision,
             "fingerprint": job.checkpoint.fingerprint,
         },
@@ -226,6 +230,12 @@ def _manifest(
         "quantization_config_sha256": config_sha256(quantization) if quantization else None,
         "exceptions": dict(more),
     }
+
+
+def _public_name(source: Checkpoint) -> str:
+    """The hub id, or the name of the folder: where it lies on this machine concerns nobody else."""
+    local = Path(source.name).expanduser().is_dir()
+    return source.folder.resolve().name if local else source.name
 
 
 def _module_facts(job: Job) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     """Logits [batch, R, V] of token rows [batch, R]."""
     with torch.no_grad():
         output = model(input_ids=rows.to(model.device), use_cache=False)
-    return output.logits  # type: ignore[no-any-return]
+    return output.logits
 
 
 def _require_finite(loss: torch.Tensor, window: int) -> None:

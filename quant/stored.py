@@ -215,17 +215,16 @@ def _find_modules(
 
 def part_owner(name: str, config: QuantizationConfig) -> tuple[str, str] | None:
     """(module, part) if tensor `name` is a part of a quantized module, else None."""
-    module, _, part = name.rpartition(".")
-    if not module:
-        return None
-    found = _TERM.fullmatch(module)
-    term = 0
+    owner, _, part = name.rpartition(".")
+    found = _TERM.fullmatch(owner)
     if found is not None:
-        module, term, part = found["module"], int(found["term"]), f"term{found['term']}.{part}"
-    terms = config.spec_for(module).terms
-    if term >= len(terms) or part.rpartition(".")[2] not in _part_names(*terms[term]):
+        terms, term = config.spec_for(found["module"]).terms, int(found["term"])
+        if term < len(terms) and part in _part_names(*terms[term]):
+            return found["module"], f"term{term}.{part}"
+    terms = config.spec_for(owner).terms  # a module may be called `term1` itself
+    if not owner or not terms or part not in _part_names(*terms[0]):
         return None
-    return module, part
+    return owner, part
 
 
 @cache

@@ -146,22 +146,26 @@ def _check_small(path: Path, fact: Mapping[str, Any]) -> None:
 
 
 def _by_headers(stored: StoredCheckpoint) -> dict[str, str]:
-    expected: dict[str, str] = {}
-    hashes = set()
+    """Each file lists the tensors of all files, so the lists must agree."""
+    found = set()
     for header in stored.headers:
         if CHECKSUMS not in header.metadata:
             raise CheckpointError(
                 f"{stored.folder} has no {MANIFEST}, and {header.path.name} carries no checksums; "
                 f"fetch {MANIFEST} too, or load with verify=False"
             )
-        expected.update(_header_sums(header))
-        hashes.add(header.metadata.get(CONFIG_HASH))
-    if stored.quantization is not None and hashes != {config_sha256(stored.quantization)}:
+        found.add((header.metadata[CHECKSUMS], header.metadata.get(CONFIG_HASH)))
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{stored.folder}: the files list different checksums, so they are of different "
+            f"checkpoints or damaged; fetch or quantize again"
+        )
+    if stored.quantization is not None and found.pop()[1] != config_sha256(stored.quantization):
         raise CheckpointError(
             f"{stored.folder / CONFIG}: quantization_config differs from what was saved with the "
             f"weights; {_AGAIN}"
         )
-    return expected
+    return _header_sums(stored.headers[0])
 
 
 def _header_sums(header: Header) -> dict[str, str]:

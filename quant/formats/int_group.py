@@ -69,7 +69,7 @@ class IntGroupOptions:
             )
         if not isinstance(self.symmetric, bool):
             raise RecipeError(f"int_group: symmetric must be true or false, got {self.symmetric!r}")
-        if self.scale not in _SCALE_DTYPES:
+        if self.scale not in tuple(_SCALE_DTYPES):
             raise RecipeError(f"int_group: scale must be 'fp16' or 'bf16', got {self.scale!r}")
 
 

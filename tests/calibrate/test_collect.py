@@ -1,11 +1,17 @@
 """Statistics of a block against direct computation; stages in order of use."""
 
 import torch
+from fewbit.calibrate import collect
+from fewbit.calibrate.collect import (
+    MomentSums,
+    Operand,
+    OriginalInputs,
+    Stage,
+    StageInputs,
+    stages,
+)
 from torch import nn
 from torch.nn.functional import linear
-
-from fewbit.calibrate import collect
-from fewbit.calibrate.collect import MomentSums, Operand, Stage, stages
 
 
 class Toy(nn.Module):
@@ -37,17 +43,17 @@ def found(module):
 
 
 def run_stage(module, stage, rest, batches):
-    sums = MomentSums(stage, stage.later(rest))
+    sums, wanted = MomentSums(), StageInputs(stage, stage.later(rest))
     with torch.no_grad():
         for x in batches:
-            sums.watch(dict(module.named_parameters()), lambda x=x: module(x))
+            wanted.watch(dict(module.named_parameters()), lambda x=x: module(x), sums.add)
     return sums.moments()
 
 
 def test_stages_follow_the_inputs():
     steps = list(stages(found(Toy())))
     assert [[o.parameter for o in s.operands] for s in steps] == [["q", "k"], ["o"], ["up"]]
-    assert [s.experts for s in steps] == [None, None, range(0, 2)]
+    assert [s.experts for s in steps] == [None, None, range(2)]
     whole = list(stages(found(Toy()), whole_block=True))
     assert [[o.parameter for o in s.operands] for s in whole] == [["q", "k", "o"], ["up"]]
 
@@ -55,9 +61,9 @@ def test_stages_follow_the_inputs():
 def test_experts_are_split_by_memory_unless_stored_fused(monkeypatch):
     monkeypatch.setattr(collect, "MAX_STAGE_BYTES", 4 * 8 * 8)
     module = Toy()
-    assert [s.experts for s in stages(found(module))][2:] == [range(0, 1), range(1, 2)]
+    assert [s.experts for s in stages(found(module))][2:] == [range(1), range(1, 2)]
     fused = stages(found(module), stored_fused=frozenset({"up"}))
-    assert [s.experts for s in fused][2:] == [range(0, 2)]
+    assert [s.experts for s in fused][2:] == [range(2)]
 
 
 def test_moments_equal_direct_sums():
@@ -94,3 +100,27 @@ def test_inside_experts_no_other_expert_ends_the_stage():
     rest = [Stage((down,), range(2)), Stage((shared,))]
     assert stage.later(rest) == {"s"}
     assert Stage((shared,)).later([stage]) == {"up"}
+
+
+def test_drift_equals_direct_sums():
+    sums = MomentSums()
+    pairs = [(torch.randn(5, 8), torch.randn(5, 8)) for _ in range(3)]
+    for now, before in pairs:
+        sums.add("x", now, before)
+    now = torch.cat([a for a, _ in pairs]).double()
+    before = torch.cat([b for _, b in pairs]).double()
+    expected = (before - now).mT @ now / 15
+    assert torch.allclose(sums.moments()["x"].drift.double(), expected, atol=1e-5)
+
+
+def test_original_rows_are_paired_in_order_and_never_for_experts():
+    original = OriginalInputs()
+    first, second = torch.zeros(2, 4), torch.ones(2, 4)
+    original.put("x", first)
+    original.put("x", second)
+    original.put("up[3]", first)
+    assert original.next("x", torch.empty(3, 4)) is None
+    assert original.next("x", torch.empty(2, 4)) is first
+    assert original.next("x", torch.empty(2, 4)) is second
+    assert original.next("x", torch.empty(2, 4)) is None
+    assert original.next("up[3]", torch.empty(2, 4)) is None

@@ -19,6 +19,7 @@ from fewbit.quant.evaluate import (
 )
 from fewbit.quant.generate import load_any
 from fewbit.quant.load import load_tokenizer
+from fewbit.quant.pipeline import quantize
 from fewbit.quant.score import Measured, evaluate_model
 
 BUNDLED = Path(str(files("fewbit.quant") / "data" / "tiny-llama"))
@@ -153,6 +154,19 @@ def test_an_ordinary_checkpoint_against_itself() -> None:
     assert exact.perplexity_ratio == 1.0
     assert exact.kl_mean == pytest.approx(0, abs=1e-9)
     assert exact.top1_agreement == 1.0
+
+
+def test_a_quantized_checkpoint_against_its_source(tmp_path: Path) -> None:
+    quantize(BUNDLED, tmp_path / "out", recipe="w4a16-rtn", device="cpu")
+    found = evaluate(
+        tmp_path / "out", BUNDLED, length=128, max_tokens=2048, device="cpu", dtype=torch.float32
+    )
+    assert found.bits_per_weight == 4.125
+    assert found.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert found.perplexity_ratio is not None and 1.0 < found.perplexity_ratio < 1.03
+    assert found.kl_mean is not None and 1e-3 < found.kl_mean < 0.03
+    assert found.top1_agreement is not None and 0.85 < found.top1_agreement < 1
+    assert found.log_ratio_se is not None and 0 < found.log_ratio_se < 0.02
 
 
 def test_decode_mode_is_refused_before_anything_is_read(tmp_path: Path) -> None:

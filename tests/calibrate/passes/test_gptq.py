@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from fewbit.calibrate.matrices import Rounded, batches, matrices
 from fewbit.calibrate.passes import gptq
 from fewbit.calibrate.passes.gptq import PASS, GptqOptions
@@ -81,9 +80,7 @@ def test_refinement_never_raises_the_damped_loss():
     batch = next(batches(list(matrices(Block("b", [weight]), {"x": moments}))))
     scales = STORE.fit(batch.values(), batch.options)
     options = GptqOptions()
-    problem = gptq.prepare(
-        batch.values(), batch.hessians(), scales, STORE, batch.options, options
-    )
+    problem = gptq.prepare(batch.values(), batch.hessians(), scales, STORE, batch.options, options)
     columns = gptq._columns(problem.order, 1)
     hessian = gptq._permute(problem.hessian, columns)
     dense = problem.weights.mT[:, columns[0]]

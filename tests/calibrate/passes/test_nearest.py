@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from fewbit.calibrate.passes import nearest
 from fewbit.quant.block import Block, Weight
 from fewbit.quant.format import dequantize, find_format
