@@ -33,12 +33,14 @@ class Operand:
 
     parameter: graph name. input_key: parameters with the same key multiply the same tensor.
     shape: as the graph holds it. transposed: the graph holds [.., K, N].
+    uses: how often one run of the block multiplies by it (an expert: all experts together).
     """
 
     parameter: str
     input_key: str
     shape: tuple[int, ...]
     transposed: bool
+    uses: int = 1
 
     @property
     def k(self) -> int:
@@ -71,7 +73,11 @@ def operands(structure: Structure, parameters: Mapping[str, torch.Tensor]) -> li
     """The block's operands, in order of first use."""
     return [
         Operand(
-            use.parameter, use.input_key, tuple(parameters[use.parameter].shape), use.transposed
+            use.parameter,
+            use.input_key,
+            tuple(parameters[use.parameter].shape),
+            use.transposed,
+            use.times,
         )
         for use in structure.uses
     ]

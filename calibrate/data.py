@@ -8,11 +8,11 @@ A source of text is one of
                       through the tokenizer's chat template
     org/name[:split]  a data set on the hub, streamed (needs the package `datasets` and a network)
 
-Documents are tokenised without added special tokens and joined by the tokenizer's end-of-text token
-where it has one. Calibration windows start at offsets that are uniform over the n − length + 1
-possible ones and independent, so they may overlap; a text with a single window's worth of tokens
-is enough. Offsets come from a seeded generator of their own: the global random state is neither read
-nor changed.
+Documents are tokenised without added special tokens and joined by the tokenizer's end-of-text
+token where it has one. Calibration windows start at offsets that are uniform over the
+n − length + 1 possible ones and independent, so they may overlap; a text with a single window's
+worth of tokens is enough. Offsets come from a seeded generator of their own: the global random
+state is neither read nor changed.
 
 Nothing is filtered, shuffled, padded or cleaned here, and no window crosses the end of the text.
 """

@@ -64,6 +64,7 @@ class WeightUse:
     transposed: bool
     input_key: str
     norm: Norm | None
+    times: int = 1  # products with it in one run of the block
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..calibrate.collect import (
-    MomentSums,
-    Operand,
-    OriginalInputs,
-    Stage,
-    StageInputs,
-    operands,
-    stages,
-)
+from ..calibrate.collect import Operand, Stage, operands, stages
 from ..calibrate.matrices import expert_key
 from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.protocol import Stats
+from ..calibrate.runs import Reruns, Stream, start_runs
 from ..calibrate.structure import find_structure
 from ..export.journal import named_os_errors
 from ..export.writer import CheckpointWriter, Chunked
@@ -48,6 +39,7 @@ from .preflight import RESIDENT_BYTES, hidden_bytes
 from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, squared_error
 
 BATCH_TOKENS = 4096
+PAUSED_BYTES = 4 << 30  # of activations that wait between stages; more are computed again
 SPILL_FILE = "fewbit.hidden.partial"
 
 
@@ -61,7 +53,6 @@ class BlockwiseUnits(UnitSource):
         self._needs = {n for item in job.passes for n in item.step.needs(item.options)}
         self._inputs: list[BlockInput] | None = None
         self._originals: list[BlockInput] = []  # the same in the original model, if asked for
-        self._twin: nn.Module | None = None  # the current block as it was
         blocks = [list(self._graph.block_sources(i)) for i in range(len(self._graph.block_names))]
         outer = list(self._graph.outer_sources())
         self._refuse_outer(outer)
@@ -114,19 +105,14 @@ class BlockwiseUnits(UnitSource):
             inputs += found
         return inputs
 
-    def _materialize(self, block: int) -> None:
-        """The block's own weights in the graph, and a twin that keeps them if drift is measured."""
-        self._hidden()
+    def _streams(self, block: int) -> tuple[Stream, Stream | None]:
+        """The block in the graph, and a twin that keeps its weights if drift is measured."""
+        inputs = self._hidden()
         module = self._graph.materialize(block)
-        self._twin = deepcopy(module) if self._originals else None
-
-    def _advance(self, block: int) -> None:
-        for item in self._originals:
-            item.hidden.copy_(self._graph.run(block, item, self._twin))
-        for item in self._hidden():
-            item.hidden.copy_(self._graph.run(block, item))
-        self._graph.release(block)
-        self._twin = None
+        original = None
+        if self._originals:
+            original = Stream(self._graph, block, deepcopy(module), self._originals)
+        return Stream(self._graph, block, module, inputs), original
 
     # -- UnitSource -----------------------------------------------------------------------------
 
@@ -135,13 +121,14 @@ class BlockwiseUnits(UnitSource):
         block = self._block_index(index)
         if block is None:
             return
-        self._materialize(block)
+        quantized, original = self._streams(block)
         for key in self.members[index][1]:
             tensor = self._job.plan[key]
             if tensor.rule is not None:
                 packed = stored_tensor(tensor, writer, index)
                 self._graph.set_weight(key, dequantize(packed), tensor.transposed)
-        self._advance(block)
+        Reruns(quantized, original, ()).finish()
+        self._graph.release(block)
 
     def tensors(self, index: int, rows: list[Any]) -> Iterator[Chunked]:
         """See UnitSource."""
@@ -155,32 +142,41 @@ class BlockwiseUnits(UnitSource):
             for part, value in done[key].named_parts():
                 yield f"{self._job.plan[key].module}.{part}", [value]
         if block is not None:
-            self._advance(block)
+            self._graph.release(block)
 
     # -- rounding one block ---------------------------------------------------------------------
 
     def _round_block(
         self, block: int, name: str, keys: Sequence[str], rows: list[Any]
     ) -> dict[str, PackedTensor]:
-        graph, inputs = self._graph, self._hidden()
-        self._materialize(block)
-        parameters = graph.block_parameters(block)
-        found = operands(find_structure(graph, block, inputs[0]), parameters)
+        graph = self._graph
+        quantized, original = self._streams(block)
+        structure = find_structure(graph, block, quantized.batches[0])
+        found = operands(structure, graph.block_parameters(block))
         planned = self._by_operand(keys, found)
         used = [operand for operand in found if operand.parameter in planned]
         fused = frozenset(p for p, members in planned.items() if self._stored_fused(members))
         steps = list(stages(used, fused))
+        runs = start_runs(quantized, original, steps, PAUSED_BYTES)
         done: dict[str, PackedTensor] = {}
-        for number, stage in enumerate(steps):
-            stats = self._statistics(block, stage, steps[number + 1 :])
-            members = [
-                key
-                for operand in stage.operands
-                for key in planned[operand.parameter]
-                if self._in_stage(key, stage)
-            ]
-            self._round_stage(name, stage, members, stats, rows, done)
+        try:
+            for number, stage in enumerate(steps):
+                stats = runs.statistics(number)
+                members = self._members(stage, planned)
+                self._round_stage(name, stage, members, stats, rows, done)
+            runs.finish()
+        finally:
+            runs.close()
         return done
+
+    def _members(self, stage: Stage, planned: dict[str, list[str]]) -> list[str]:
+        """Source tensors that are rounded in this stage."""
+        return [
+            key
+            for operand in stage.operands
+            for key in planned[operand.parameter]
+            if self._in_stage(key, stage)
+        ]
 
     def _by_operand(self, keys: Sequence[str], found: Sequence[Operand]) -> dict[str, list[str]]:
         """Graph parameter -> source tensors to be quantized; every one must be an operand."""
@@ -213,30 +209,6 @@ class BlockwiseUnits(UnitSource):
         if slot is None or slot.expert is None or stage.experts is None:
             return True
         return slot.expert in stage.experts
-
-    def _statistics(self, block: int, stage: Stage, rest: Sequence[Stage]) -> Stats:
-        if "moments" not in self._needs:
-            return {}
-        sums, wanted = MomentSums(), StageInputs(stage, stage.later(rest))
-        parameters = self._graph.block_parameters(block)
-        for index, item in enumerate(self._hidden()):
-            original = self._original_inputs(block, index, wanted)
-
-            def take(key: str, rows: torch.Tensor, original: OriginalInputs = original) -> None:
-                sums.add(key, rows, original.next(key, rows))
-
-            wanted.watch(parameters, partial(self._graph.run, block, item), take)
-        return sums.moments()
-
-    def _original_inputs(self, block: int, index: int, wanted: StageInputs) -> OriginalInputs:
-        """Batch `index` of the stage's inputs in the original model; empty if not asked for."""
-        found = OriginalInputs()
-        if self._twin is not None:
-            prefix = self._graph.block_names[block]
-            twin = {f"{prefix}.{name}": p for name, p in self._twin.named_parameters()}
-            run = partial(self._graph.run, block, self._originals[index], self._twin)
-            wanted.watch(twin, run, found.put)
-        return found
 
     def _round_stage(
         self,

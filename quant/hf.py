@@ -210,13 +210,6 @@ class FewbitQuantizer(HfQuantizer):
         return False
 
 
-def register() -> None:
-    """Make the library know quant_method "fewbit"; doing it again changes nothing."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(FewbitConfig)
-        register_quantizer(METHOD)(FewbitQuantizer)
-
-
 def _ignore(model: "PreTrainedModel", attribute: str, patterns: Sequence[str]) -> None:
     """Keep expected differences out of the library's report, for this model only."""
     setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
@@ -310,3 +303,13 @@ def _restore_part_dtypes(module: PackedModule) -> None:
             tensor = holder.get_buffer(part)
             if tensor.dtype != spec.dtype:
                 tensor.data = tensor.data.to(spec.dtype)
+
+
+def register() -> None:
+    """Make the library know quant_method "fewbit"; doing it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(FewbitConfig)
+        register_quantizer(METHOD)(FewbitQuantizer)
+
+
+register()  # importing this module is enough

@@ -28,9 +28,8 @@ def install() -> None:
 
 
 def _register() -> None:
-    from .hf import register
-
-    register()
+    """Import the adapter; its last act is to register, also if it is what imports the loader."""
+    importlib.import_module(f"{__package__}.hf")
 
 
 class _Finder(MetaPathFinder):

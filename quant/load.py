@@ -47,9 +47,8 @@ def load(
     import transformers.modeling_utils  # noqa: F401
     from transformers import AutoModelForCausalLM
 
-    from .hf import already_checked, register
+    from .hf import already_checked
 
-    register()
     with already_checked():
         try:
             model = AutoModelForCausalLM.from_pretrained(

@@ -124,7 +124,8 @@ def _prepare(
             f"{source}: recipe {recipe.name!r} would quantize none of its {len(plan)} tensors; "
             f"check weights.ignore, or use --recipe identity to copy"
         )
-    architecture = str((checkpoint.config.get("architectures") or ["unknown"])[0])
+    named = checkpoint.config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "unknown"
     for item in passes:
         sentence = item.step.refuse(architecture, item.options)
         if sentence:

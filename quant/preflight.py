@@ -42,9 +42,10 @@ def check_resources(
     memory = _memory_needed(checkpoint, calibration)
     available = _available_memory()
     if available is not None and available < memory:
+        smaller = "a data-free recipe (w4a16-rtn), fewer --samples, or " if calibration else ""
         raise CheckpointError(
             f"the run needs about {_size(memory)} of memory, {_size(available)} are available; "
-            f"use a data-free recipe (w4a16-rtn), fewer --samples, or a machine with more memory"
+            f"use {smaller}a machine with more memory"
         )
     seconds = _seconds(checkpoint, calibration)
     return (
@@ -56,17 +57,18 @@ def check_resources(
 def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> int:
     if calibration is None:
         return _DATA_FREE_BYTES
-    config = text_config(checkpoint.config)
+    n_blocks = text_config(checkpoint.config).get("num_hidden_layers")
     largest = max((info.n_bytes for info in checkpoint.tensors.values()), default=0)
-    block = checkpoint.n_parameters * 4 // max(int(config.get("num_hidden_layers") or 1), 1)
+    block = checkpoint.n_parameters * 4 // max(n_blocks if isinstance(n_blocks, int) else 1, 1)
     return 2 * block + 4 * largest + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
 
 
 def hidden_bytes(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> int:
-    """Bytes of the hidden states of all calibration windows, in fp32."""
+    """Bytes of the hidden states of all calibration windows, in fp32, in two models: the quantized
+    one, and the original that some passes compare it with."""
     if calibration is None:
         return 0
-    return calibration.windows.numel() * _hidden_size(checkpoint.config) * 4
+    return 2 * calibration.windows.numel() * _hidden_size(checkpoint.config) * 4
 
 
 def _hidden_size(config: Mapping[str, Any]) -> int:

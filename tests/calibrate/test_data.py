@@ -189,7 +189,9 @@ def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no route")
 
     fake_datasets(monkeypatch, load)
-    with pytest.raises(CalibrationError, match="'org/name' .split 'train'. cannot be read: no rou"):
+    with pytest.raises(
+        CalibrationError, match=r"'org/name' .split 'train'. cannot be read: no rou"
+    ):
         load_calibration("org/name", Words(), 2, 4, 0)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match="pip install datasets"):
@@ -205,7 +207,7 @@ def test_bundled_texts_are_there_and_disjoint() -> None:
     assert len(evaluation.encode()) == 189_963
     long_lines = {line for line in calib.split("\n") if len(line) > 80}
     assert not long_lines & set(evaluation.split("\n"))
-    with pytest.raises(CalibrationError, match="unknown bundled text 'evil' .did you mean 'eval'"):
+    with pytest.raises(CalibrationError, match=r"unknown bundled text 'evil' .did you mean 'eval'"):
         bundled_text("evil")
 
 

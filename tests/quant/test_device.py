@@ -1,27 +1,32 @@
-"""The device setting."""
+"""Devices by name, and the dtype that calibration runs in."""
 
 import pytest
 import torch
-from fewbit.quant.device import resolve_device
+
+from fewbit.quant import device as device_module
+from fewbit.quant.device import calibration_dtype, resolve_device
 from fewbit.quant.errors import RecipeError
 
-
-def test_auto_and_cpu(monkeypatch):
-    assert resolve_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda")
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:7", "mps", ""])
-def test_what_is_not_there_is_refused_by_name(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(RecipeError, match="auto") as caught:
-        resolve_device(device)
-    assert repr(device) in str(caught.value)
+def test_auto_is_a_gpu_if_there_is_one():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == expected
+    assert resolve_device("cpu") == CPU
 
 
-def test_a_numbered_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+@pytest.mark.parametrize("name", ["tpu", "", "cuda:99", "meta", "cpu:x"])
+def test_unknown_devices_are_named(name):
+    with pytest.raises(RecipeError, match="device"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_only_where_the_processor_multiplies_it(native, monkeypatch):
+    monkeypatch.setattr(device_module, "_cpu_multiplies_bf16", lambda: native)
+    expected = torch.bfloat16 if native else torch.float32
+    assert calibration_dtype(CPU, torch.bfloat16) == expected
+    assert calibration_dtype(CPU, torch.float16) == torch.float32
+    assert calibration_dtype(CPU, torch.float32) == torch.float32
+    assert calibration_dtype(torch.device("cuda"), torch.float16) == torch.float16

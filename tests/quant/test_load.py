@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import fewbit.quant.load as _  # noqa: F401  the submodule; the public name stays the function
 import pytest
 import torch
 from fewbit import quant
@@ -17,6 +16,15 @@ from tiny_tokenizer import save_tokenizer
 # Rounding weights moves router logits; with these seeds no token changes its experts for it.
 SEEDS = {"deepseek_v3": 1, "qwen3_next": 1}
 N_GENERATED = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that handing work to other threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

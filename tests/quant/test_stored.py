@@ -1,4 +1,4 @@
-"""Checkpoints as headers describe them: facts, and every way in which a folder is not one of ours."""
+"""Checkpoints as headers describe them, and every way in which a folder is not one of ours."""
 
 import json
 import shutil
@@ -77,7 +77,9 @@ def test_modules_and_dense_tensors(checkpoint):
     assert module.parts["codes"] == "model.layers.1.mlp.down_proj.codes"
     assert module.n_bytes == 64 * 96 + 64 * 2
     assert module.bits_per_weight == pytest.approx(8 + 16 / 96)
-    assert "lm_head.weight" in stored.dense() and not set(stored.dense()) & set(module.parts.values())
+    assert "lm_head.weight" in stored.dense() and not set(stored.dense()) & set(
+        module.parts.values()
+    )
     assert len(stored.dense()) + 2 * 14 == len(stored.tensors)
 
 

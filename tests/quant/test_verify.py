@@ -122,7 +122,9 @@ def test_files_of_another_checkpoint(written, copy, tmp_path):
     quantize(save("mixtral", tmp_path / "other", seed=1), tmp_path / "other_out", recipe="w8a16")
     shutil.copy(tmp_path / "other_out" / "model.safetensors", copy / "model.safetensors")
     refuse(copy, "checksum")
-    index = {"weight_map": dict.fromkeys(open_stored(copy).tensors, "model-00001-of-00001.safetensors")}
+    index = {
+        "weight_map": dict.fromkeys(open_stored(copy).tensors, "model-00001-of-00001.safetensors")
+    }
     (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(copy, "model-00001-of-00001.safetensors", "lists ['model.safetensors']")
@@ -164,7 +166,9 @@ def test_random_damage_never_passes(kind, request, tmp_path):
     """Any flipped bit or truncation of what a model is made of: a named error, nothing else."""
     source = request.getfixturevalue(kind)
     generator = random.Random(0)
-    names = [p.name for p in sorted(source.iterdir()) if "safetensors" in p.name or p.name == MANIFEST]
+    names = [
+        p.name for p in sorted(source.iterdir()) if "safetensors" in p.name or p.name == MANIFEST
+    ]
     folder = Path(shutil.copytree(source, tmp_path / "copy"))
     for trial in range(120):
         path = folder / generator.choice(names)
@@ -189,7 +193,9 @@ def _says_the_same(path, whole):
     """What no checksum covers without a manifest: the index's totals, and the writer's mark."""
     if path.suffix == ".json":
         return json.loads(path.read_bytes())["weight_map"] == json.loads(whole)["weight_map"]
-    headers = [data[8 : 8 + int.from_bytes(data[:8], "little")] for data in (path.read_bytes(), whole)]
+    headers = [
+        data[8 : 8 + int.from_bytes(data[:8], "little")] for data in (path.read_bytes(), whole)
+    ]
     first, second = (json.loads(header) for header in headers)
     for header in (first, second):
         header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if "fewbit" in k}
