@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from fewbit.quant import cpu
 from fewbit.quant.dispatch import problem_of
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.linear import QuantLinear
 from fewbit.quant.packed import PackedTensor, Term
-from torch import nn
 
 HIDDEN, INNER, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000
 SHAPES = (  # (N, K) of a layer's linears, in order of use

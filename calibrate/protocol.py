@@ -43,7 +43,7 @@ Stats = Mapping[str, Moments]  # by `Weight.input_key`
 class Pass:
     """One pass.
 
-    needs(options): names of the statistics that it reads ("moments", "drift"), empty for data-free ones.
+    needs(options): names of the statistics that it reads ("moments", "drift"); none if data-free.
     refuse(architecture, options): a sentence why the architecture cannot take it, or None.
     run(block, stats, options): the changed block. Rounding passes set `Weight.packed`.
     """

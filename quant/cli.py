@@ -1,8 +1,9 @@
 """The command `fewbit`. Flags and recipe keys share names; every error is one line, exit code 1.
 
 Exit codes: 0 done, 1 named error, 2 wrong usage, 3 finished but the quality gate failed or a
-fallback happened that the recipe does not allow, 130 interrupted. `--json -` prints one JSON object and nothing else
-on stdout. Nothing heavy is imported before a command needs it, so `--help` is instant.
+fallback happened that the recipe does not allow, 130 interrupted. `--json -` prints one JSON object
+and nothing else on stdout. Nothing heavy is imported before a command needs it, so `--help` is
+instant.
 """
 
 import argparse

@@ -57,5 +57,5 @@ def _run(source: Path, target: Path, recipe: str) -> int:
               f"{result.top1_agreement:8.3f}{speed:10.1f}")  # fmt: skip
     for label, path in (("original", source), (recipe, target)):
         text = generate(path, PROMPT, max_new_tokens=NEW_TOKENS)
-        print(f"\n[{label}] {text}")
+        print(f"\n[{label}] {PROMPT}{text}")
     return 0

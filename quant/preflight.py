@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -
     if calibration is None:
         return _DATA_FREE_BYTES
     n_blocks = text_config(checkpoint.config).get("num_hidden_layers")
-    largest = max((info.n_bytes for info in checkpoint.tensors.values()), default=0)
+    largest = max((prod(info.shape) * 2 for info in checkpoint.tensors.values()), default=0)
     block = checkpoint.n_parameters * 4 // max(n_blocks if isinstance(n_blocks, int) else 1, 1)
     return 2 * block + 4 * largest + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
 

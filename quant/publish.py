@@ -175,7 +175,9 @@ def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
 
 def _without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what says how the source's weights were stored."""
-    return {k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")}
+    return {
+        k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
+    }
 
 
 def _copy(source: Path, target: Path) -> None:

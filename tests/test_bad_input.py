@@ -12,11 +12,11 @@ import struct
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import save_tokenizer
 
+import tiny_models
 from fewbit.export import writer as writer_module
 from fewbit.export.metadata import manifest_bytes, read_manifest
 from fewbit.quant import pipeline, preflight
@@ -249,7 +249,7 @@ def test_settings(capsys, source, out, setting, found, remedy):
         ("[weights\nbits = 4", "not valid TOML"),
         ('[[pass]]\nname = "gptq"\n', "no [weights]"),
         ('[[pass]]\nname = "gtpq"\n[weights]\nformat = "int_group"\n', "did you mean 'gptq'"),
-        ('[weights]\nbits = 4\n', "format"),
+        ("[weights]\nbits = 4\n", "format"),
         ('[[override]]\nmatch = "x"\nweights = 4\n', "override"),
     ],
 )

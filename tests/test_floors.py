@@ -36,7 +36,7 @@ def floor_of(module):
     for floor, members in FLOORS.items():
         if module in members:
             return floor
-    if module.startswith("quant.formats") or module.startswith("quant.native"):
+    if module.startswith(("quant.formats", "quant.native")):
         return 1
     if module.split(".")[0] in ("calibrate", "export", "kernels_triton", "kernels_cuda"):
         return 2

@@ -16,9 +16,9 @@ import struct
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from fewbit.quant import layout, pipeline
 from fewbit.quant.errors import FewbitError
 from fewbit.quant.inspect import inspect
@@ -118,6 +118,7 @@ def pick(folder: Path, kind: str, generator: random.Random) -> tuple[Path, tuple
 
 def undamaged_differs(folder: Path, copy: Path) -> list[str]:
     """Names of files that differ, times aside."""
+
     def files(where):
         return {p.name: p.read_bytes() for p in where.iterdir() if not p.name.startswith("report.")}
 

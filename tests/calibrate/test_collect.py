@@ -1,6 +1,9 @@
 """Statistics of a block against direct computation; stages in order of use."""
 
 import torch
+from torch import nn
+from torch.nn.functional import linear
+
 from fewbit.calibrate import collect
 from fewbit.calibrate.collect import (
     MomentSums,
@@ -10,8 +13,6 @@ from fewbit.calibrate.collect import (
     StageInputs,
     stages,
 )
-from torch import nn
-from torch.nn.functional import linear
 
 
 class Toy(nn.Module):

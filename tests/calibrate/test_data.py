@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fewbit.calibrate.data import (
     bundled_text,
     draw_windows,

@@ -1,6 +1,7 @@
 """Matrices: weights with one input are joined, equal experts are stacked, and both find back."""
 
 import torch
+
 from fewbit.calibrate.matrices import Rounded, batches, expert_key, matrices
 from fewbit.calibrate.protocol import Moments
 from fewbit.quant.block import Block, Weight

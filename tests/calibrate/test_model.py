@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fewbit.calibrate.model import (
     ModelGraph,
     build_skeleton,

@@ -1,6 +1,7 @@
 """Passes: discovery, options, and the default rounding pass."""
 
 import pytest
+
 from fewbit.calibrate.protocol import passes, plan_passes
 from fewbit.quant.errors import RecipeError
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MemorySource, make_tokens, save
 
 from fewbit.calibrate.collect import operands, stages
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.runs import PausedRun, PausedRuns, Reruns, Stream, paused_bytes, start_runs
 from fewbit.calibrate.structure import find_structure
+from tiny_models import MemorySource, make_tokens, save
 
 BLOCK = 1
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from fewbit.calibrate.model import BlockInput, LayerCall, ModelGraph
 from fewbit.calibrate.structure import Structure, find_structure
 from tiny_models import ARCHITECTURES, MemorySource, make_tokens, save
-from torch import nn
 
 CPU = torch.device("cpu")
 ONE_PLUS = ("gemma2", "gemma3_text", "qwen3_next")

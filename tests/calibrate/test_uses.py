@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
+
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.uses import Use, WatchWeights
 from tiny_models import ARCHITECTURES, MemorySource, make_tokens, save
-from torch.nn import functional
 
 N, K, E = 5, 7, 3
 Seen = list[tuple[Use, torch.Tensor]]

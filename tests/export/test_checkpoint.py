@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fewbit.export.checkpoint import Checkpoint
 from fewbit.quant.errors import CheckpointError
-from safetensors.torch import load_file, save_file
 
 BUNDLED = Path(str(files("fewbit.quant"))) / "data" / "tiny-llama"
 INDEX = "model.safetensors.index.json"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+
 from fewbit.export.decode import (
     _round_to_bfloat16,
     decode_fp8,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from fewbit.export.journal import JOURNAL, Journal, write_atomic
 from fewbit.quant.errors import CheckpointError
 

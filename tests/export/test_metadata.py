@@ -85,7 +85,7 @@ def test_golden_config():
 )
 def test_bad_config_is_named(change, message):
     config = {**build_quantization_config("r", modules()), **change}
-    with pytest.raises(CheckpointError, match="config.json") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         parse_quantization_config(config, "config.json")
     assert message in str(caught.value)
 

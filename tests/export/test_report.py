@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from fewbit.export.report import build_report, summary_text, write_report
 from fewbit.quant.format import PartSpec
 

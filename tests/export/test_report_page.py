@@ -5,6 +5,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+
 from fewbit.export.report_facts import KeptTensor, Provenance, Report, TensorReport
 from fewbit.export.report_page import render_page
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import google_crc32c
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from fewbit.export.safetensors_file import (
     DTYPES,
     HUGE_PAGE,
@@ -18,9 +22,6 @@ from fewbit.export.safetensors_file import (
     read_header,
 )
 from fewbit.quant.errors import CheckpointError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 
 def container(header: object, data: bytes = b"") -> bytes:

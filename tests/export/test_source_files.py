@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fewbit.export.source_files import find_weights, is_extra, list_files, locate, read_json
 from fewbit.quant.errors import CheckpointError
 

@@ -5,6 +5,8 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from fewbit.export import journal as journal_module
 from fewbit.export.journal import JOURNAL
 from fewbit.export.writer import (
@@ -16,7 +18,6 @@ from fewbit.export.writer import (
 )
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.format import PartSpec
-from safetensors.torch import load_file
 
 IDENTITY = {"recipe": "r", "seed": 0}
 
@@ -179,7 +180,7 @@ def test_full_disk_is_named_and_resumable(tmp_path, monkeypatch):
         return real(handle)
 
     monkeypatch.setattr(journal_module.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="disk is full.*resume"):
+    with pytest.raises(CheckpointError, match=r"disk is full.*resume"):
         write_all(tmp_path / "cut", units)
     monkeypatch.undo()
     write_all(tmp_path / "cut", units)

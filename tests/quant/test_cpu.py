@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fewbit.quant import cpu, reference
 from fewbit.quant.errors import NoKernelError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions

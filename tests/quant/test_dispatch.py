@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fewbit.quant import cpu, dispatch, reference
 from fewbit.quant.dispatch import M_BUCKETS, Runner, explain, kernels, m_bucket, problem_of
 from fewbit.quant.errors import NoKernelError

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fewbit.quant import doctor as module
 from fewbit.quant.doctor import doctor, doctor_text, find_problems
 

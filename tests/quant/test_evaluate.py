@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fewbit.quant.errors import CalibrationError, CheckpointError, FewbitError
 from fewbit.quant.evaluate import (
     Evaluation,

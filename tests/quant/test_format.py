@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.format import (
     PartSpec,

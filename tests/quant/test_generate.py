@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.generate import (
     continue_text,

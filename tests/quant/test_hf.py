@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
 from fewbit import quant
 from fewbit.export.metadata import MANIFEST, ModuleSpec, build_quantization_config
 from fewbit.quant import hf, publish
@@ -16,10 +20,7 @@ from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.hf import FewbitConfig, FewbitQuantizer
 from fewbit.quant.linear import FusedExperts
 from fewbit.quant.verify import header_checksums, verify_checkpoint
-from safetensors.torch import load_file, save_file
 from tiny_models import make_tokens, save
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.hub import fetch, fetch_manifest
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 
 class FakeHub:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fewbit import quant
 from tiny_models import save
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fewbit import quant
 from fewbit.quant.errors import CheckpointError
 from tiny_models import save

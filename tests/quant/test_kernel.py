@@ -1,6 +1,7 @@
 """A problem prints all that a kernel may refuse it for."""
 
 import torch
+
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.kernel import Problem
 

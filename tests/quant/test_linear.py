@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
+
 from fewbit.quant import dispatch, reference
 from fewbit.quant.errors import FormatError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
@@ -18,8 +21,6 @@ from fewbit.quant.linear import (
     replace_parameter,
 )
 from fewbit.quant.packed import PackedTensor, Term
-from torch import nn
-from torch.nn import functional
 
 W4 = IntGroupOptions(4, 32)
 W3 = IntGroupOptions(3, 16, symmetric=False)

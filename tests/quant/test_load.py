@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_tokenizer import save_tokenizer
+
 from fewbit import quant
 from fewbit.export.metadata import MANIFEST
 from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.linear import ExpertView, FusedExperts, QuantLinear
-from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, make_tokens, save
-from tiny_tokenizer import save_tokenizer
 
 # Rounding weights moves router logits; with these seeds no token changes its experts for it.
 SEEDS = {"deepseek_v3": 1, "qwen3_next": 1}

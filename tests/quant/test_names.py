@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.names import NameMap, Slot, slot_view
 from tiny_models import ARCHITECTURES, MemorySource, make_config, make_model, save

@@ -1,6 +1,7 @@
 """Facts about packed tensors: names of parts, sizes."""
 
 import torch
+
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.packed import PackedTensor, Term
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fewbit import quant
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.linear import ExpertView, FusedExperts, QuantLinear
 from fewbit.quant.placement import packed_modules, place
 from fewbit.quant.stored import open_stored
-from safetensors.torch import load_file, save_file
 from tiny_models import make_config, make_tokens, save
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.quant import reference
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.kernel import Problem

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from fewbit.quant import registry
 from fewbit.quant.registry import discover
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fewbit.quant import score
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.score import evaluate_model

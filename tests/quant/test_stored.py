@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fewbit.export.metadata import (
     MANIFEST,
     ModuleSpec,
@@ -18,7 +20,6 @@ from fewbit.quant.format import find_format
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.pipeline import quantize
 from fewbit.quant.stored import open_stored, part_owner
-from safetensors.torch import load_file, save_file
 from tiny_models import save
 
 

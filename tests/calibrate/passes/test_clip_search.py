@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.calibrate.passes.clip_search import PASS, ClipSearchOptions
 from fewbit.calibrate.passes.nearest import round_nearest
 from fewbit.calibrate.protocol import Moments

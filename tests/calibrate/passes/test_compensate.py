@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.calibrate.passes.compensate import PASS, CompensateOptions
 from fewbit.calibrate.protocol import Moments
 from fewbit.quant.block import Block, Weight

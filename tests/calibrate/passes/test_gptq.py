@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.calibrate.matrices import Rounded, batches, matrices
 from fewbit.calibrate.passes import gptq
 from fewbit.calibrate.passes.gptq import PASS, GptqOptions

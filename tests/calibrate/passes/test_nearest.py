@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewbit.calibrate.passes import nearest
 from fewbit.quant.block import Block, Weight
 from fewbit.quant.format import dequantize, find_format

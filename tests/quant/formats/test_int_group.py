@@ -4,6 +4,9 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fewbit.quant.errors import FormatError, RecipeError
 from fewbit.quant.formats.int_group import (
     FORMAT,
@@ -11,8 +14,6 @@ from fewbit.quant.formats.int_group import (
     pack_bits,
     unpack_bits,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 GROUPS = (16, 32, 64, 128, "row")
 
