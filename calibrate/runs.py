@@ -18,7 +18,6 @@ so that both inputs of a stage are there at the same time.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -118,12 +117,14 @@ class PausedRun:
             raise RuntimeError(f"the block stopped again, at stage {self._reached}")
         return self._future.result()
 
-    def close(self) -> None:
-        """End the thread, wherever it is."""
+    def abandon(self) -> None:
+        """Let the thread end at its next stop; does not wait."""
         if self._future is not None and not self._future.done():
             self._go.put(False)
-            with suppress(_Abandoned):
-                self._future.result()
+
+    def close(self) -> None:
+        """End the thread, wherever it is, and wait for that."""
+        self.abandon()
         self._thread.shutdown()
 
     def _go_on(self) -> None:
@@ -176,10 +177,13 @@ class PausedRuns:
                 item.hidden.copy_(run.to_end())
 
     def close(self) -> None:
-        """End all threads."""
-        for _, runs in self._streams:
-            for run in runs:
-                run.close()
+        """End all threads. All are told before one is waited for: a second Ctrl-C, which ends the
+        waiting, must not leave a thread asleep that keeps the process from exiting."""
+        found = [run for _, runs in self._streams for run in runs]
+        for run in found:
+            run.abandon()
+        for run in found:
+            run.close()
 
 
 def _runs(stream: Stream, numbers: dict[str, int]) -> list[PausedRun]:

@@ -12,7 +12,8 @@ and, under `tensors`, only what differs from it, by source module name or `re:` 
     transposed  the graph wants [.., K, N]
 
 *Which* modules are quantized is not listed: those whose parts are in the files. More than 1,000
-exceptions move to the manifest.
+exceptions move to the manifest; `exceptions_in_manifest` then says how many, so that a lost manifest
+is noticed.
 
 The manifest holds what must be checked and what must be known later: sizes and header checksums of
 files, the CRC32C of every stored tensor, shapes, recipe text, source, calibration, seed, versions.
@@ -123,7 +124,9 @@ class QuantizationConfig:
         return self.default
 
 
-_CONFIG_KEYS = {"quant_method", "version", "recipe", "default", "tensors"}
+_CONFIG_KEYS = {
+    "quant_method", "version", "recipe", "default", "tensors", "exceptions_in_manifest",
+}  # fmt: skip
 
 
 def parse_quantization_config(
@@ -145,6 +148,12 @@ def parse_quantization_config(
     if unknown:
         raise CheckpointError(
             f"{where}: unknown keys {unknown} in quantization_config; a newer fewbit may know them"
+        )
+    moved = config.get("exceptions_in_manifest", 0)
+    if moved != len(more or {}):
+        raise CheckpointError(
+            f"{where}: {moved!r} exceptions lie in {MANIFEST}, {len(more or {})} were found there; "
+            f"fetch the checkpoint again, with its {MANIFEST}"
         )
     default = _module_spec(where, "default", config.get("default"), ())
     exact: dict[str, ModuleSpec] = {}

@@ -231,7 +231,7 @@ class BlockwiseUnits(UnitSource):
             self._graph.set_weight(key, rounded, tensor.transposed)
             output_error = _output_error(weight, rounded, stats)
             error, energy = squared_error(weight.value, packed)
-            row = report_row(tensor, name, [packed], error, energy, output_error, weight.fallbacks)
+            row = report_row(tensor, name, error, energy, output_error, weight.fallbacks)
             row.update(seconds=seconds, tokens=_tokens(weight, stats))
             rows.append(row)
             done[key] = _on_cpu(packed)

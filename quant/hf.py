@@ -5,11 +5,12 @@ Order in which the library calls the quantizer, and what is done at each step:
     configuration read           FewbitConfig keeps the keys as they are
     skeleton on the meta device  before_weight_loading: headers, manifest, checksums; then holders
                                  for packed weights replace linear layers and expert stacks
-    names converted              renamings as for dense tensors; parts whose name must differ get it
-    tensors loaded               the holders' buffers carry checkpoint names, so parts are plain
-                                 tensors to the library: mapped, not copied, never converted
-    weights tied, eval           after_weight_loading: decode what no holder fits; check every part
-    save_pretrained              the same parts, bit for bit; checksums go into the file headers
+    tensors loaded               dense tensors only: the parts of packed weights are hidden from the
+                                 library, which would spend a compiled pattern on each of them
+    weights tied, eval           after_weight_loading: parts are mapped from the files into the
+                                 holders, not copied, and checked; what no holder fits is decoded
+    save_pretrained              parts are ordinary buffers by then, and are written bit for bit
+                                 under their names in the source; checksums go into the headers
 
 Saving needs no manifest: what the configuration had moved there is back in it.
 
@@ -19,7 +20,7 @@ that is `fewbit quantize`.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
@@ -31,7 +32,6 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
-    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -47,24 +47,24 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..export.metadata import VERSION, read_manifest
 from ..export.safetensors_file import map_entries
 from .errors import CheckpointError
-from .format import dequantize, find_format
+from .format import dequantize
 from .hub import fetch_manifest
 from .linear import PackedModule
-from .placement import Placement, packed_modules, place, set_tied
+from .placement import Placement, place, set_tied
 from .stored import METHOD, StoredCheckpoint, describe
-from .verify import check_packed, header_checksums, packed_of, verify
+from .verify import check_packed, header_checksums, packed_of, packed_to, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HELD = "fewbit.held."
-_CHECKED: ContextVar[bool] = ContextVar("fewbit_checked", default=False)
+_CHECKED: ContextVar[StoredCheckpoint | None] = ContextVar("fewbit_checked", default=None)
 
 
 @contextmanager
-def already_checked() -> Iterator[None]:
-    """Checkpoints loaded inside are not verified (again)."""
-    token = _CHECKED.set(True)
+def already_checked(stored: StoredCheckpoint) -> Iterator[None]:
+    """A model loaded inside is `stored`, which is neither read nor verified again."""
+    token = _CHECKED.set(stored)
     try:
         yield
     finally:
@@ -123,8 +123,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FewbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._model: PreTrainedModel | None = None  # these three only while a model is loaded
-        self._stored: StoredCheckpoint | None = None
+        self._stored: StoredCheckpoint | None = None  # this and the next only while loading
         self._plan: Placement | None = None
         self._dtypes: dict[str, torch.dtype] = {}
 
@@ -136,17 +135,21 @@ class FewbitQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> "PreTrainedModel":
         with torch.device("cpu"):  # the library's default is the meta device here
-            stored = self._open(checkpoint_files)
-            if not _CHECKED.get():
+            stored = _CHECKED.get()
+            if stored is None:
+                stored = self._open(checkpoint_files)
                 verify(stored)
         self.quantization_config.tensors.update((stored.manifest or {}).get("exceptions", {}))
+        vars(self.quantization_config).pop("exceptions_in_manifest", None)  # they are inline now
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         plan = place(model, stored)
         if plan.has_experts:
             model.set_experts_implementation("eager")
-        _ignore(model, "_keys_to_ignore_on_load_missing", [re.escape(n) for n in plan.decoded])
-        _ignore(model, "_keys_to_ignore_on_load_unexpected", [re.escape(_HELD)])
-        self._model, self._stored, self._plan = model, stored, plan
+        _ignore(model, "_keys_to_ignore_on_load_missing", map(re.escape, plan.decoded))
+        _ignore(
+            model, "_keys_to_ignore_on_load_unexpected", (re.escape(_HELD), _part_pattern(stored))
+        )
+        self._stored, self._plan = stored, plan
         return model
 
     def _open(self, checkpoint_files: Sequence[str] | None) -> StoredCheckpoint:
@@ -163,28 +166,25 @@ class FewbitQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: "PreTrainedModel | None" = None
     ) -> list[Any]:
-        """The library's conversions, and a table for what must go elsewhere than they say."""
-        model = model or self._model  # transformers before 5.18 does not pass it
-        if self._stored is None or self._plan is None or model is None:
+        """The library's conversions, and a table that keeps it off what is decoded by us."""
+        if self._plan is None or not self._plan.held:
             return weight_conversions
-        table = _exact_names(model, self._stored, self._plan, weight_conversions)
-        return [*weight_conversions, _ExactNames(table)] if table else weight_conversions
+        table = {}
+        for index, key in enumerate(sorted(self._plan.held)):
+            table[_renamed(key, weight_conversions)] = f"{_HELD}{index}"
+        return [*weight_conversions, _ExactNames(table)]
 
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
         assert self._stored is not None and self._plan is not None, "loading ended before it began"
-        _decode_parameters(model, self._stored, self._plan, self._dtypes)
+        headers = self._stored.headers
+        tensors = {name: t for header in headers for name, t in map_entries(header).items()}
+        _fill_holders(model, self._plan, tensors)
+        _decode_parameters(model, self._plan, tensors, self._dtypes)
         _restore_dtypes(model, self._dtypes)
-        for name, module in packed_modules(model).items():
-            for part, tensor in module.named_buffers():
-                if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False):
-                    raise CheckpointError(
-                        f"{name}.{part} got no value while loading; give a device map without disk "
-                        f"offloading, or use fewbit.quant.load"
-                    )
-            check_packed(name, module.packed)
-        self._model = self._stored = self._plan = None
+        _keep_names(model, self._plan)
+        self._stored = self._plan = None
         return model
 
     def get_state_dict_and_metadata(
@@ -210,53 +210,75 @@ class FewbitQuantizer(HfQuantizer):
         return False
 
 
-def _ignore(model: "PreTrainedModel", attribute: str, patterns: Sequence[str]) -> None:
+def _ignore(model: "PreTrainedModel", attribute: str, patterns: Iterable[str]) -> None:
     """Keep expected differences out of the library's report, for this model only."""
     setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
 
 
-def _exact_names(
-    model: "PreTrainedModel", stored: StoredCheckpoint, plan: Placement, conversions: Sequence[Any]
-) -> dict[str, str]:
-    """Names after the library's renamings -> names that the graph knows.
+def _part_pattern(stored: StoredCheckpoint) -> str:
+    """Matches the name of every part of a packed weight, however the library renames modules."""
+    parts = {part for module in stored.modules.values() for part in module.parts}
+    return rf"\.({'|'.join(map(re.escape, sorted(parts)))})$"
 
-    The library's patterns are made for `.weight`; most serve parts as well. CheckpointError if one
-    would convert a part, which only the dense tensor can stand.
-    """
-    conversions = deepcopy(list(conversions))  # they remember whether they were used
+
+def _renamed(key: str, conversions: Sequence[Any]) -> str:
+    """`key` after all renamings. They remember whether they were used, so copies are asked."""
     renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
-    converters = [item for item in conversions if isinstance(item, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    return str(rename_source_key(key, deepcopy(renamings), [])[0])
+
+
+def _fill_holders(
+    model: "PreTrainedModel", plan: Placement, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Give each holder its parts, on the device where the library put the empty ones."""
+    for name, stored in plan.modules.items():
+        packed = packed_of(stored, tensors)
+        check_packed(name, packed)
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedModule), f"{name} was replaced while loading"
+        if module.device.type == "meta":
+            raise CheckpointError(
+                f"{name} got no device while loading; give a device map without disk offloading, "
+                f"or use fewbit.quant.load"
+            )
+        module.fill(packed_to(packed, module.device))
+
+
+def _keep_names(model: "PreTrainedModel", plan: Placement) -> None:
+    """Let the library save parts under the names that they had in the source.
+
+    The specification of a module is found by that name. The library's patterns are made for
+    `.weight`, and drop or add the prefix of a base model; where they do not lead back, a table does.
+    """
+    conversions = list(getattr(model, "_weight_conversions", None) or ())
+    backward = [item.reverse_transform() for item in reversed(conversions)]
+    renamings = [item for item in backward if isinstance(item, WeightRenaming)]
+    converters = [item for item in backward if isinstance(item, WeightConverter)]
+    forward = deepcopy([item for item in conversions if isinstance(item, WeightRenaming)])
     table: dict[str, str] = {}
-    for key in sorted(stored.tensors, key=dot_natural_key):
-        renamed, _ = rename_source_key(key, renamings, [])
-        wanted = plan.part_names.get(key)
-        if key in plan.held:
-            table[renamed] = f"{_HELD}{len(table)}"
-        elif wanted is not None:
-            found = rename_source_key(renamed, [], converters, prefix, state)
-            if found == (wanted, None):
-                continue
-            table[renamed] = wanted
-            found = rename_source_key(wanted, [], converters, prefix, state)
-            if found != (wanted, None):
-                raise CheckpointError(
-                    f"{stored.folder}: {key} belongs at {wanted}, the transformers library would "
-                    f"make {found[0]} of it; leave this weight out with weights.ignore"
-                )
-    return table
+    for key, name in plan.part_names.items():
+        if rename_source_key(name, renamings, converters, reverse=True) == (key, None):
+            continue
+        middle, _ = rename_source_key(key, forward, [])
+        if rename_source_key(middle, renamings, converters, reverse=True) != (key, None):
+            raise CheckpointError(
+                f"the transformers library cannot be told to save {name} as {key} again; leave "
+                f"this weight out with weights.ignore"
+            )
+        table[middle] = name
+    if table:
+        names = _ExactNames(table)
+        names._was_used = True  # type: ignore[misc]
+        model._weight_conversions = [*conversions, names]
 
 
 def _decode_parameters(
     model: "PreTrainedModel",
-    stored: StoredCheckpoint,
     plan: Placement,
+    tensors: Mapping[str, torch.Tensor],
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Fill the parameters that no packed holder can stand for."""
-    if not plan.decoded:
-        return
-    tensors = {name: t for header in stored.headers for name, t in map_entries(header).items()}
 
     def read(key: str) -> torch.Tensor:
         module = plan.owners.get(key)
@@ -278,13 +300,7 @@ def _decode_parameters(
 
 
 def _restore_dtypes(model: "PreTrainedModel", dtypes: Mapping[str, torch.dtype]) -> None:
-    """Undo and redo casts that depend on the library's version.
-
-    Some versions leave a renamed dense tensor of a quantized model in the file's dtype, and cast
-    16-bit scales to fp32 in modules that are to be kept in fp32 (which loses nothing).
-    """
-    for module in packed_modules(model).values():
-        _restore_part_dtypes(module)
+    """Cast what some versions of the library leave in the file's dtype: renamed dense tensors."""
     policy = model._get_dtype_plan(model.config.dtype)
     patterns, groups, _ = build_glob_alternation(list(policy)) if policy else (None, {}, {})
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -294,15 +310,6 @@ def _restore_dtypes(model: "PreTrainedModel", dtypes: Mapping[str, torch.dtype])
         wanted = policy[groups[found.lastgroup]] if found and found.lastgroup else dtypes[name]
         if tensor.dtype != wanted:
             tensor.data = tensor.data.to(wanted)
-
-
-def _restore_part_dtypes(module: PackedModule) -> None:
-    for index, (name, options) in enumerate(module.terms):
-        holder = module.get_submodule(f"term{index}") if index else module
-        for part, spec in find_format(name).part_specs(module.logical_shape, options).items():
-            tensor = holder.get_buffer(part)
-            if tensor.dtype != spec.dtype:
-                tensor.data = tensor.data.to(spec.dtype)
 
 
 def register() -> None:

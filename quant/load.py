@@ -49,7 +49,7 @@ def load(
 
     from .hf import already_checked
 
-    with already_checked():
+    with already_checked(stored):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True

@@ -39,7 +39,7 @@ class Placement:
     modules: graph module name -> stored module that it holds packed.
     part_names: stored tensor name -> name in the graph's state.
     decoded: graph parameter -> stored modules (by name) that are decoded into it.
-    held: stored tensors that the library must not load: they belong to decoded parameters.
+    held: dense tensors that the library must not load: they belong to decoded parameters.
     has_experts: some expert stack is held packed, so experts must run one by one.
     """
 
@@ -54,6 +54,8 @@ class Placement:
 
 def place(model: "PreTrainedModel", stored: StoredCheckpoint) -> Placement:
     """Replace modules of a skeleton on the meta device by empty packed holders.
+
+    Until `PackedModule.fill`, the buffers of a holder are no part of the model's state.
 
     CheckpointError: a parameter would stay without a value, or has another shape in the checkpoint.
     """
@@ -190,6 +192,8 @@ def _place_experts(
 
 
 def _record(plan: Placement, graph_name: str, stored: StoredModule, layer: PackedModule) -> None:
+    for holder in layer.modules():
+        holder._non_persistent_buffers_set.update(holder._buffers)
     plan.modules[graph_name] = stored
     for part, key in stored.parts.items():
         plan.part_names[key] = f"{graph_name}.{part}"
@@ -202,7 +206,6 @@ def _place_decoded(plan: Placement, parameter: str) -> None:
         if stored is None:
             plan.held.add(key)
         else:
-            plan.held.update(stored.parts.values())
             decoded.append(stored.name)
     plan.decoded[parameter] = decoded
 
@@ -215,8 +218,6 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 def set_tied(model: "PreTrainedModel", name: str, value: torch.Tensor) -> None:
     """Give `value` to a parameter and to all that are tied to it."""
     parameter = nn.Parameter(value, requires_grad=False)
-    # The library must not initialize what was given.
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     for other in sorted(_tied_families(model).get(name, {name})):
         owner_name, _, leaf = other.rpartition(".")
         owner: Any = model.get_submodule(owner_name)

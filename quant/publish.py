@@ -97,6 +97,7 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     quantization = config.get("quantization_config")
     if quantization and len(quantization["tensors"]) > MAX_INLINE_EXCEPTIONS:
         more, quantization["tensors"] = quantization["tensors"], {}
+        quantization["exceptions_in_manifest"] = len(more)
     for path in job.checkpoint.extra_files:
         _copy(path, job.out / path.name)
     _write_index(job.out, writer)
@@ -169,6 +170,8 @@ def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_encoding(config["text_config"])
     if specs:
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["dtype"] = str(job.checkpoint.dtype).removeprefix("torch.")
         config["quantization_config"] = build_quantization_config(job.recipe.name, specs)
     return config
 

@@ -7,7 +7,7 @@ stays flat whatever the tensor's size. The way through decoder blocks is in `blo
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +78,55 @@ class DataFreeUnits(UnitSource):
 
 
 def plain_tensor(job: Job, tensor: PlannedTensor, unit: str, rows: list[Any]) -> Iterator[Chunked]:
-    """A tensor that needs no statistics: copied if kept, else rounded slab by slab."""
+    """A tensor that needs no statistics: copied if kept, else rounded slab by slab.
+
+    The first part (the codes) is handed on as slabs are rounded; only the small ones are kept.
+    """
     if tensor.rule is None:
         yield tensor.key, _slabs(job, tensor)
         return
     started = time.monotonic()
-    slabs: list[PackedTensor] = []
-    error = energy = 0.0
-    fallbacks: list[str] = []
+    first, *others = (name.removeprefix(f"{tensor.module}.") for name in tensor.specs())
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in others}
+    sums = _Sums()
+
+    def round_slabs() -> Iterator[torch.Tensor]:
+        for packed in _rounded_slabs(job, tensor, unit, sums):
+            parts = dict(packed.named_parts())
+            for name in others:
+                kept[name].append(parts[name])
+            yield parts[first]
+
+    yield f"{tensor.module}.{first}", round_slabs()
+    row = report_row(tensor, unit, sums.error, sums.energy, None, sums.fallbacks)
+    row["seconds"] = time.monotonic() - started
+    rows.append(row)
+    for name in others:
+        yield f"{tensor.module}.{name}", kept[name]
+
+
+@dataclass
+class _Sums:
+    """What is summed up over the slabs of a tensor."""
+
+    error: float = 0.0
+    energy: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)
+
+
+def _rounded_slabs(
+    job: Job, tensor: PlannedTensor, unit: str, sums: _Sums
+) -> Iterator[PackedTensor]:
     for value in _slabs(job, tensor):
         weight = make_weight(tensor, value.mT if tensor.transposed else value)
         for item in job.passes:
             item.step.run(Block(unit, [weight]), {}, item.options)
         packed = packed_of(weight)
-        delta, size = squared_error(weight.value, packed)
-        error, energy = error + delta, energy + size
-        fallbacks += weight.fallbacks
-        slabs.append(packed)
-    row = report_row(tensor, unit, slabs, error, energy, None, fallbacks)
-    row["seconds"] = time.monotonic() - started
-    rows.append(row)
-    for part, _ in slabs[0].named_parts():
-        yield f"{tensor.module}.{part}", [dict(slab.named_parts())[part] for slab in slabs]
+        error, energy = squared_error(weight.value, packed)
+        sums.error += error
+        sums.energy += energy
+        sums.fallbacks += weight.fallbacks
+        yield packed
 
 
 def _slabs(job: Job, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
@@ -171,7 +198,6 @@ def _rows_of(packed: PackedTensor, start: int, stop: int) -> PackedTensor:
 def report_row(
     tensor: PlannedTensor,
     unit: str,
-    slabs: Sequence[PackedTensor],
     error: float,
     energy: float,
     output_error: float | None,
@@ -181,7 +207,7 @@ def report_row(
     if tensor.rule is None:
         raise RuntimeError(f"{tensor.key} is not quantized")
     n_weights = torch.Size(tensor.shape).numel()
-    n_bytes = sum(slab.n_bytes for slab in slabs)
+    n_bytes = sum(spec.n_bytes for spec in tensor.specs().values())
     return {
         "name": tensor.module,
         "shape": list(tensor.shape),

@@ -90,6 +90,18 @@ def test_bad_config_is_named(change, message):
     assert message in str(caught.value)
 
 
+def test_a_lost_manifest_with_exceptions_is_noticed():
+    config = build_quantization_config("r", modules())
+    moved = {**config, "tensors": {}, "exceptions_in_manifest": len(config["tensors"])}
+    parsed = parse_quantization_config(moved, "config.json", config["tensors"])
+    assert parsed.spec_for("model.layers.0.mlp.down_proj").columns == 700
+    for more in (None, {}):
+        with pytest.raises(
+            CheckpointError, match=r"3 exceptions lie in fewbit\.json, 0 were found"
+        ):
+            parse_quantization_config(moved, "config.json", more)
+
+
 def test_manifest_round_trip_and_every_flip_is_seen(tmp_path):
     manifest = {"version": 1, "tensors": {"a": "00ff"}, "recipe": {"text": "ü\n"}}
     data = manifest_bytes(manifest)

@@ -127,6 +127,27 @@ def test_exceptions_in_the_manifest_come_back_into_the_config(tmp_path, monkeypa
     assert torch.equal(logits(quant.load(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("cls", [transformers.AutoModel, AutoModelForCausalLM])
+def test_parts_are_saved_under_their_source_names(cls, tmp_path):
+    """Exceptions are found by them, and the library drops prefixes when a base model is saved."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[weights]\nformat = "int_group"\nbits = 8\ngroup = 64\n'
+        "[[override]]\nmatch = 're:.*layers.1.*up_proj$'\nweights = { bits = 6 }\n"
+    )
+    quant.quantize(save("qwen2", tmp_path / "source"), tmp_path / "out", recipe=str(recipe))
+    model = cls.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    parts = {key for key in stored if key.endswith(("codes", "scale_group"))}
+    assert parts <= saved.keys() and len(parts) == 28
+    assert all(torch.equal(saved[key], stored[key]) for key in parts)
+    again = cls.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(make_tokens())[0], model(make_tokens())[0])
+
+
 def pack(weight, options):
     store = find_format("int_group")
     scales = store.fit(weight, options)

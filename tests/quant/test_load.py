@@ -222,6 +222,22 @@ def test_device_is_checked_first(llama):
         quant.load(llama, device="gpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(llama):
+    from transformers import AutoModelForCausalLM
+
+    expected = logits(quant.load(llama, device="cpu"))
+    for model in (
+        quant.load(llama, device="cuda"),
+        AutoModelForCausalLM.from_pretrained(llama, device_map={"": 0}),
+    ):
+        assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
+        with torch.no_grad():
+            found = model(make_tokens().cuda()).logits.cpu()
+        assert distance(found, expected) < 1e-4
+
+
 def test_tokenizer(llama, tmp_path):
     tokenizer = quant.load_tokenizer(llama)
     assert tokenizer.decode(tokenizer("few bits")["input_ids"]).replace(" ", "") == "fewbits"

@@ -14,7 +14,7 @@ GB = 10**9
 
 
 def checkpoint(total=4 * GB, **config):
-    tensors = {"a.weight": SimpleNamespace(n_bytes=total // 8)}
+    tensors = {"a.weight": SimpleNamespace(shape=(total // 8 // 2,))}
     return SimpleNamespace(
         name="org/model", total_bytes=total, n_parameters=total // 2, tensors=tensors,
         config={"hidden_size": 4096, "num_hidden_layers": 32} | config,

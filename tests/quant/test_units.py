@@ -123,6 +123,19 @@ def test_a_large_tensor_is_never_read_whole():
         assert sum(size for read, size in checkpoint.reads if read == name) == rows * columns * 2
 
 
+def test_codes_are_handed_on_slab_by_slab(monkeypatch):
+    monkeypatch.setattr(units, "SLAB_BYTES", 3 * 64 * 64 * 4)
+    stack = torch.randn(30, 64, 64, generator=torch.Generator().manual_seed(0))
+    checkpoint = MemoryCheckpoint({"x.experts.w": stack})
+    source = DataFreeUnits(job_of(checkpoint))
+    _, chunks = next(source.tensors(0, []))
+    assert checkpoint.reads == []
+    for index, chunk in enumerate(chunks):
+        assert chunk.shape[0] == 3
+        assert len(checkpoint.reads) == index + 1
+    assert index == 9
+
+
 def test_rows_of_the_report_hold_what_was_stored():
     tensors = mixed()
     job = job_of(MemoryCheckpoint(tensors), settings=["weights.symmetric=false"])
@@ -156,7 +169,7 @@ def test_squared_error_is_that_of_the_stored_weight(shape):
 def test_zeros_have_no_relative_error():
     key = "x.weight"
     job = job_of(MemoryCheckpoint({key: torch.zeros(4, 32)}))
-    row = report_row(job.plan[key], "u", [], 0.0, 0.0, None, [])
+    row = report_row(job.plan[key], "u", 0.0, 0.0, None, [])
     assert row["relative_error"] == 0.0
 
 
