@@ -78,15 +78,15 @@ def peer_ratio(path: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fewbit.calibrate.data import bundled_text
-    from fewbit.quant.evaluate import evaluate_model, evaluation_windows
+    from fewbit.quant.evaluate import evaluate_model, evaluation_windows, summarize
 
     source = DATA / "tiny-llama"
     tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = evaluation_windows(bundled_text("eval"), tokenizer, LENGTH)
     models = [AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32) for _ in range(2)]
     models[1].load_state_dict(torch.load(path, weights_only=True), strict=False)
-    return float(evaluate_model(models[1], windows, reference_model=models[0]).perplexity_ratio)
+    windows = evaluation_windows(models[0], tokenizer, None, LENGTH, None)
+    measured = evaluate_model(models[1], windows, models[0])
+    return float(summarize(measured, 0.0, 0.0, 0).perplexity_ratio or 0.0)
 
 
 def main() -> None:
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--out", default="bench/results/peers_gptq_cpu.json")
     options = parser.parse_args()
+    import torch
+
     from fewbit.quant.evaluate import evaluate
 
     ours, peers, our_ratios, peer_ratios = [], [], [], []
@@ -105,7 +107,8 @@ def main() -> None:
             ours.append(run(sys.executable, _OURS, mine, seed))
             peers.append(run(options.python, _PEER, theirs, seed))
             against = DATA / "tiny-llama"
-            our_ratios.append(evaluate(mine, against=against, length=LENGTH).perplexity_ratio)
+            found = evaluate(mine, against=against, length=LENGTH, dtype=torch.float32)
+            our_ratios.append(found.perplexity_ratio)
             peer_ratios.append(peer_ratio(theirs))
             print(seed, ours[-1], peers[-1], our_ratios[-1], peer_ratios[-1], flush=True)
     result = {

@@ -99,9 +99,8 @@ class BlockwiseUnits(UnitSource):
         inputs: list[BlockInput] = []
         for piece in windows.split(size):
             found = self._graph.start(piece, batch)
-            if spill is not None:
-                for item in found:
-                    item.hidden = spill.take(item.hidden)
+            for item in found:  # never on the GPU: there are many more of them than of weights
+                item.hidden = item.hidden.cpu() if spill is None else spill.take(item.hidden)
             inputs += found
         return inputs
 

@@ -12,6 +12,7 @@ and gates are elsewhere.
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -47,7 +48,7 @@ class Progress:
     total: int
     bits_per_weight: float
     worst: tuple[str, float] | None  # tensor and relative output (or weight) error
-    seconds_left: float
+    seconds_left: float | None  # None until there is something to tell it from
 
 
 def quantize(
@@ -211,7 +212,7 @@ def _run(
 ) -> None:
     if done == len(source.members):
         return
-    resumed_at = time.monotonic()
+    resumed_at, costs = time.monotonic(), _costs(job, source)
     for index in range(len(source.members)):
         if index < done:
             source.skip(index, writer)
@@ -219,24 +220,39 @@ def _run(
         rows: list[Any] = []
         writer.write_unit(source.tensors(index, rows), rows)
         if progress is not None:
-            progress(_progress(writer, source, index, done, time.monotonic() - resumed_at))
+            seconds = time.monotonic() - resumed_at
+            left = _seconds_left(seconds, sum(costs[done : index + 1]), sum(costs[index + 1 :]))
+            progress(_progress(writer, source, index, left))
+
+
+def _costs(job: Job, source: UnitSource) -> list[int]:
+    """Relative time that each unit takes: weights to be rounded, or to be copied if none is."""
+    tensors = [[job.plan[key] for key in keys] for _, keys in source.members]
+    rounds = any(item.rule for item in job.plan.values())
+    return [sum(math.prod(item.shape) for item in unit if item.rule or not rounds)
+            for unit in tensors]  # fmt: skip
+
+
+def _seconds_left(seconds: float, done: int, left: int) -> float | None:
+    if not left:
+        return 0.0
+    return seconds / done * left if done else None
 
 
 def _progress(
-    writer: CheckpointWriter, source: UnitSource, index: int, first: int, seconds: float
+    writer: CheckpointWriter, source: UnitSource, index: int, seconds_left: float | None
 ) -> Progress:
     rows = [row for unit in writer.rows for row in unit]
     weights = sum(row["n_weights"] for row in rows)
     stored = sum(row["n_bytes"] for row in rows)
     errors = [(row["name"], row["output_error"] or row["relative_error"]) for row in rows]
-    total = len(source.members)
     return Progress(
         unit=source.members[index][0],
         done=index + 1,
-        total=total,
+        total=len(source.members),
         bits_per_weight=8 * stored / weights if weights else 0.0,
         worst=max(errors, key=lambda item: item[1]) if errors else None,
-        seconds_left=seconds / (index + 1 - first) * (total - index - 1),
+        seconds_left=seconds_left,
     )
 
 

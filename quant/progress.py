@@ -41,8 +41,9 @@ class ProgressBar:
         if state.worst is not None:
             facts += f", worst {state.worst[1]:.4f} {state.worst[0]}"
         if not self._live:
-            left = f"{state.seconds_left:.0f} s left"
-            self.say(f"[{state.done}/{state.total}] {state.unit}: {facts}, {left}")
+            if state.seconds_left is not None:
+                facts += f", {state.seconds_left:.0f} s left"
+            self.say(f"[{state.done}/{state.total}] {state.unit}: {facts}")
             return
         if self._bar is None:
             self._bar = tqdm(total=state.total, initial=state.done - 1, file=sys.stderr)

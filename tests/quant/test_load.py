@@ -14,7 +14,10 @@ from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.linear import ExpertView, FusedExperts, QuantLinear
 from tiny_models import ARCHITECTURES, make_tokens, save
 
-# Rounding weights moves router logits; with these seeds no token changes its experts for it.
+# Random models of these two amplify small errors: a token whose router logits are close changes its
+# experts (DeepSeek), the recurrence of linear attention builds up the error of its projections
+# (Qwen3-Next). Over seeds the norm of all logits moves by 4 to 18 %; with these seeds by less than 3 %.
+# What holds for any seed, the error of the median token, is tested below.
 SEEDS = {"deepseek_v3": 1, "qwen3_next": 1}
 N_GENERATED = 3
 
@@ -252,3 +255,13 @@ def test_bytes_are_mapped_not_copied(llama):
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(llama) in line]
     ranges = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
     assert any(start <= codes.data_ptr() < stop for start, stop in ranges)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("arch", ["deepseek_v3", "qwen3_next"])
+def test_median_token_of_models_that_amplify(arch, seed, tmp_path):
+    source = save(arch, tmp_path / "source", seed=seed)
+    quant.quantize(source, tmp_path / "out", recipe="w8a16")
+    found, wanted = logits(quant.load(tmp_path / "out")), logits(reference(source))
+    errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert errors.median() < 0.035  # measured: 0.013 to 0.030

@@ -434,6 +434,19 @@ def test_progress_and_outlook(monkeypatch, model, tmp_path):
     assert len(lines) == 1 and "memory about" in lines[0]
 
 
+def test_time_left_follows_the_weights_that_are_left(model, text, tmp_path):
+    states = []
+    quantize(
+        model("llama"), tmp_path / "out", recipe="w4a16", calib=text, settings=FINE,
+        progress=states.append, **SMALL,
+    )  # fmt: skip
+    assert [state.unit for state in states] == [
+        "outside the blocks 1", "model.layers.0", "model.layers.1",
+    ]  # fmt: skip
+    assert states[0].seconds_left is None
+    assert states[1].seconds_left > 0 and states[2].seconds_left == 0
+
+
 def test_report_adds_up(model, tmp_path):
     out = tmp_path / "out"
     report = quantize(model("mixtral"), out, recipe="w8a16", device="cpu")

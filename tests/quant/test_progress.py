@@ -8,6 +8,7 @@ from fewbit.quant.pipeline import Progress
 from fewbit.quant.progress import ProgressBar
 
 FIRST = Progress("model.layers.0", 1, 3, 4.125, ("model.layers.0.down_proj", 0.0523), 62.4)
+EARLY = Progress("outside the blocks 1", 1, 3, 0.0, None, None)
 LAST = Progress("model.layers.2", 3, 3, 4.126, None, 0.0)
 
 
@@ -31,6 +32,12 @@ def test_plain_lines(monkeypatch):
         "[1/3] model.layers.0: 4.12 bits, worst 0.0523 model.layers.0.down_proj, 62 s left",
         "[3/3] model.layers.2: 4.13 bits, 0 s left",
     ]
+
+
+def test_no_time_is_told_before_it_is_known(monkeypatch, capsys):
+    with ProgressBar(False) as bar:
+        bar.show(EARLY)
+    assert capsys.readouterr().err == "[1/3] outside the blocks 1: 0.00 bits\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
