@@ -17,7 +17,7 @@ from tiny_models import ARCHITECTURES, make_tokens, save
 # Random models of these two amplify small errors: a token whose router logits are close changes its
 # experts (DeepSeek), the recurrence of linear attention builds up the error of its projections
 # (Qwen3-Next). Over seeds the norm of all logits moves by 4 to 18 %; with these seeds by less than 3 %.
-# What holds for any seed, the error of the median token, is tested below.
+# Gaussian noise of the same size does the same to them; that is tested below, for any seed.
 SEEDS = {"deepseek_v3": 1, "qwen3_next": 1}
 N_GENERATED = 3
 
@@ -259,9 +259,23 @@ def test_bytes_are_mapped_not_copied(llama):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("arch", ["deepseek_v3", "qwen3_next"])
-def test_median_token_of_models_that_amplify(arch, seed, tmp_path):
+def test_no_worse_than_noise_of_the_same_size(arch, seed, tmp_path):
+    """For any seed: the median token moves as it does under Gaussian noise of equal weight error."""
     source = save(arch, tmp_path / "source", seed=seed)
-    quant.quantize(source, tmp_path / "out", recipe="w8a16")
-    found, wanted = logits(quant.load(tmp_path / "out")), logits(reference(source))
-    errors = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert errors.median() < 0.035  # measured: 0.013 to 0.030
+    rows = quant.quantize(source, tmp_path / "out", recipe="w8a16").tensors
+    model = reference(source)
+    wanted, found = logits(model), logits(quant.load(tmp_path / "out"))
+    size = sum(row.relative_error for row in rows) / len(rows)
+    generator = torch.Generator().manual_seed(0)
+    kept = ("embed", "lm_head", "gate.weight", "conv")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2 and not any(part in name for part in kept):
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(noise * weight.std() * size)
+    noisy = logits(model)
+
+    def median(values):
+        return float(((values - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+    assert median(found) < 2.5 * median(noisy)  # measured: 0.6 to 1.8 times
