@@ -140,7 +140,7 @@ class FewbitQuantizer(HfQuantizer):
                 stored = self._open(checkpoint_files)
                 verify(stored)
         self.quantization_config.tensors.update((stored.manifest or {}).get("exceptions", {}))
-        vars(self.quantization_config).pop("exceptions_in_manifest", None)  # they are inline now
+        self.quantization_config.__dict__.pop("exceptions_in_manifest", None)  # they are inline now
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         plan = place(model, stored)
         if plan.has_experts:

@@ -21,8 +21,9 @@ from typing import Any
 from .errors import RecipeError, nearest_name
 from .format import find_format, parse_options
 
-# Left in 16 bit by every recipe: tiny, and what they decide (which expert, which token) is brittle.
-DEFAULT_IGNORE = ("lm_head", r"re:.*\.(router|gate|shared_expert_gate)$")
+DEFAULT_IGNORE = ("lm_head",)
+# Left as they are unless an override names them: tiny, and which expert they choose is brittle.
+ROUTERS = r"re:.*\.(router|gate|shared_expert_gate)$"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Recipe:
         for override in self.overrides:
             if matches(override.match, module):
                 return override.rule
-        if any(matches(pattern, module) for pattern in self.ignore):
+        if any(matches(pattern, module) for pattern in (ROUTERS, *self.ignore)):
             return None
         return self.weights
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import save_tokenizer
 
 import tiny_models
 from fewbit.export import writer as writer_module
 from fewbit.export.metadata import manifest_bytes, read_manifest
 from fewbit.quant import pipeline, preflight
 from fewbit.quant.cli import main
+from tiny_tokenizer import save_tokenizer
 
 FAST = ("--samples", "2", "--length", "16", "--device", "cpu", "--quiet")
 

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import save_tokenizer
 
 import tiny_models
 from fewbit.calibrate import collect
@@ -18,6 +17,7 @@ from fewbit.quant.format import dequantize
 from fewbit.quant.pipeline import quantize
 from fewbit.quant.stored import open_stored
 from fewbit.quant.verify import packed_of
+from tiny_tokenizer import save_tokenizer
 
 SAMPLES, LENGTH = 4, 16
 PLAIN = """

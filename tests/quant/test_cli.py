@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_tokenizer import save_tokenizer
 
 import tiny_models
 from fewbit.quant import cli
@@ -19,6 +18,7 @@ from fewbit.quant.cli import build_parser, main
 from fewbit.quant.errors import FewbitError
 from fewbit.quant.evaluate import evaluate
 from fewbit.quant.recipe import recipe_names
+from tiny_tokenizer import save_tokenizer
 
 MODEL = Path(cli.__file__).parent / "data" / "tiny-llama"
 SMALL = ("--samples", "4", "--length", "16", "--device", "cpu")

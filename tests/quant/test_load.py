@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_tokenizer import save_tokenizer
 
 from fewbit import quant
 from fewbit.export.metadata import MANIFEST
 from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.linear import ExpertView, FusedExperts, QuantLinear
 from tiny_models import ARCHITECTURES, make_tokens, save
+from tiny_tokenizer import save_tokenizer
 
 # Random models of these two amplify small errors: a token whose router logits are close changes its
 # experts (DeepSeek), the recurrence of linear attention builds up the error of its projections

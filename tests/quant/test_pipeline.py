@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import save_tokenizer
 
 import tiny_models
 from fewbit.export.decode import decode_mxfp4
@@ -17,6 +16,7 @@ from fewbit.quant.format import dequantize
 from fewbit.quant.pipeline import quantize
 from fewbit.quant.stored import open_stored
 from fewbit.quant.verify import packed_of, verify_checkpoint
+from tiny_tokenizer import save_tokenizer
 
 SMALL = {"samples": 4, "length": 16, "device": "cpu"}
 FINE = ["weights.group=16", "pass.gptq.min_tokens=1"]
@@ -458,3 +458,27 @@ def test_report_adds_up(model, tmp_path):
     assert written["totals"]["bytes"] == total
     assert written["wall_seconds"] > 0 and written["peak_resident_bytes"] > 10**7
     assert "<html" in (out / "report.html").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_blocks_stream_through_the_gpu(tmp_path):
+    """Peak GPU memory is that of two blocks, their statistics and one batch, not of the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = tmp_path / "source"
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=24, vocab_size=131,
+        num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(source)
+    save_tokenizer(source)
+    block = sum(p.numel() for p in model.model.layers[0].parameters()) * 2
+    torch.cuda.reset_peak_memory_stats()
+    on_gpu = quantize(source, tmp_path / "gpu", samples=8, length=64, device="cuda")
+    assert torch.cuda.max_memory_allocated() < 2 * block + 8 * 4 * 1536**2 + (128 << 20)
+    assert not on_gpu.fallbacks
+    on_cpu = quantize(source, tmp_path / "cpu", samples=8, length=64, device="cpu")
+    for a, b in zip(on_gpu.tensors, on_cpu.tensors, strict=True):
+        assert a.output_error == pytest.approx(b.output_error, rel=0.1)

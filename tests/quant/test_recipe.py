@@ -91,6 +91,9 @@ def test_default_ignore_covers_heads_and_routers():
                  "model.layers.0.mlp.shared_expert_gate"):  # fmt: skip
         assert recipe.rule_for(name) is None, name
     assert recipe.rule_for("model.layers.0.mlp.gate_proj") is not None
+    everything = load_recipe("w4a16", ["weights.ignore=[]"])
+    assert everything.rule_for("lm_head") is not None
+    assert everything.rule_for("model.layers.0.mlp.gate") is None
 
 
 def test_matches_whole_names_or_last_parts():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import save_tokenizer
 
 from fewbit.export.metadata import MANIFEST
 from fewbit.quant.errors import CheckpointError
@@ -17,6 +16,7 @@ from fewbit.quant.pipeline import quantize
 from fewbit.quant.stored import open_stored
 from fewbit.quant.verify import header_checksums, verify, verify_checkpoint
 from tiny_models import save
+from tiny_tokenizer import save_tokenizer
 
 
 @pytest.fixture(scope="module")
