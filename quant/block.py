@@ -24,7 +24,9 @@ class Weight:
     target: what rounding should come close to, fp32; None means `value` itself.
     input_key: names the activation that it multiplies; weights with the same key share statistics.
     clip: per-group range factor left by a search pass, [..., N, groups].
-    notes: fallbacks and other remarks for the report; a fallback makes the run fail closed.
+    measured: sums that a rounding pass made on the way: squared_error, squared_norm.
+    measured: sums that a rounding pass made on the way (squared_error, squared_norm).
+    fallbacks: remarks for the report; a fallback makes the run fail closed.
     """
 
     name: str

@@ -36,7 +36,7 @@ from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
 from .preflight import RESIDENT_BYTES, hidden_bytes
-from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, squared_error
+from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, weight_error
 
 BATCH_TOKENS = 4096
 PAUSED_BYTES = 4 << 30  # of activations that wait between stages; more are computed again
@@ -229,7 +229,7 @@ class BlockwiseUnits(UnitSource):
             rounded = dequantize(packed)
             self._graph.set_weight(key, rounded, tensor.transposed)
             output_error = _output_error(weight, rounded, stats)
-            error, energy = squared_error(weight.value, packed)
+            error, energy = weight_error(weight, packed)
             row = report_row(tensor, name, error, energy, output_error, weight.fallbacks)
             row.update(seconds=seconds, tokens=_tokens(weight, stats))
             rows.append(row)

@@ -122,7 +122,7 @@ def _rounded_slabs(
         for item in job.passes:
             item.step.run(Block(unit, [weight]), {}, item.options)
         packed = packed_of(weight)
-        error, energy = squared_error(weight.value, packed)
+        error, energy = weight_error(weight, packed)
         sums.error += error
         sums.energy += energy
         sums.fallbacks += weight.fallbacks
@@ -160,6 +160,13 @@ def packed_of(weight: Weight) -> PackedTensor:
     if weight.packed is None:
         raise RuntimeError(f"{weight.name}: no pass has rounded it")
     return weight.packed
+
+
+def weight_error(weight: Weight, packed: PackedTensor) -> tuple[float, float]:
+    """Σ (w − ŵ)² and Σ w²: the sums that the rounding pass made, or from what is stored."""
+    if "squared_error" in weight.measured:
+        return weight.measured["squared_error"], weight.measured["squared_norm"]
+    return squared_error(weight.value, packed)
 
 
 def squared_error(value: torch.Tensor, packed: PackedTensor) -> tuple[float, float]:

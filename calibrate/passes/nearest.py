@@ -30,29 +30,43 @@ def run(block: Block, stats: Stats, options: NearestOptions) -> Block:
 
 
 def round_nearest(weight: Weight) -> PackedTensor:
-    """The weight, each row chunk fitted, rounded and packed on its own."""
+    """The weight, each row chunk fitted, rounded and packed on its own.
+
+    Sums Σ (w − ŵ)² and Σ w² on the way, while the chunk is in the cache (`Weight.measured`).
+    """
     shape = tuple(weight.value.shape)
-    rows = weight.value.reshape(-1, shape[-1])
+    wanted = weight.value if weight.target is None else weight.target
+    rows = wanted.reshape(-1, shape[-1])
     clip = None if weight.clip is None else weight.clip.reshape(rows.shape[0], -1)
     step = max(1, CHUNK_ELEMENTS // shape[-1])
-    chunks = [
-        _round_rows(weight, rows[i : i + step], None if clip is None else clip[i : i + step])
-        for i in range(0, rows.shape[0], step)
-    ]
-    parts = {
+    error = norm = 0.0
+    chunks = []
+    for start in range(0, rows.shape[0], step):
+        limits = None if clip is None else clip[start : start + step]
+        parts, delta, size = _round_rows(weight, rows[start : start + step], limits)
+        chunks.append(parts)
+        error, norm = error + delta, norm + size
+    if weight.target is None:
+        weight.measured.update(squared_error=error, squared_norm=norm)
+    joined = {
         name: torch.cat([chunk[name] for chunk in chunks]).unflatten(0, shape[:-1])
         for name in chunks[0]
     }
-    return PackedTensor(shape, (Term(weight.format, weight.options, parts),), weight.transposed)
+    return PackedTensor(shape, (Term(weight.format, weight.options, joined),), weight.transposed)
 
 
-def _round_rows(weight: Weight, rows: torch.Tensor, clip: torch.Tensor | None) -> Parts:
+def _round_rows(
+    weight: Weight, rows: torch.Tensor, clip: torch.Tensor | None
+) -> tuple[Parts, float, float]:
+    """Stored parts, Σ (w − ŵ)² and Σ w² of some rows."""
     store = find_format(weight.format)
     missing = store.padded_k(rows.shape[-1], weight.options) - rows.shape[-1]
     padded = torch.nn.functional.pad(rows.float(), (0, missing)) if missing else rows.float()
     scales = store.fit(padded, weight.options, clip)
-    codes, _ = store.round(padded, scales, 0, weight.options)
-    return store.pack(codes, scales, weight.options)
+    codes, values = store.round(padded, scales, 0, weight.options)
+    delta, flat = values.sub_(padded).flatten(), padded.flatten()
+    parts = store.pack(codes, scales, weight.options)
+    return parts, float(torch.dot(delta, delta)), float(torch.dot(flat, flat))
 
 
 PASS = Pass(

@@ -41,3 +41,20 @@ def test_weights_that_are_packed_already_stay():
     before = weight.packed
     nearest.PASS.run(Block("b", [weight]), {}, nearest.NearestOptions())
     assert weight.packed is before
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (3, 7, 200)])
+def test_sums_equal_those_of_what_is_stored(shape):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = Weight("w", value, "int_group", STORE.Options(bits=3, group=32))
+    packed = nearest.round_nearest(weight)
+    delta = (dequantize(packed).double() - value.double()).square().sum()
+    assert weight.measured["squared_error"] == pytest.approx(float(delta), rel=1e-5)
+    assert weight.measured["squared_norm"] == pytest.approx(float(value.double().square().sum()))
+
+
+def test_a_target_is_what_gets_rounded():
+    value = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    weight = Weight("w", value, "int_group", STORE.Options(bits=8), target=value * 2)
+    assert torch.allclose(dequantize(nearest.round_nearest(weight)), value * 2, atol=0.1)
+    assert not weight.measured  # the sums would be those of the target
