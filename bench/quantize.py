@@ -78,17 +78,18 @@ def read_once(folder: Path) -> float:
 def run_quantize(source: Path, out: Path, recipe: str) -> tuple[float, int]:
     """Wall seconds of the whole process and its peak resident bytes."""
     code = (
-        "import resource, sys\n"
+        "import sys\n"
         "from fewbit.quant.cli import main\n"
         "code = main(sys.argv[1:])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "from fewbit.quant.preflight import peak_resident_bytes\n"
+        "print(peak_resident_bytes())\n"
         "sys.exit(code)\n"
     )
     command = [sys.executable, "-c", code, "quantize", str(source), "-o", str(out),
                "--recipe", recipe, "--quiet"]  # fmt: skip
     started = time.perf_counter()
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return time.perf_counter() - started, int(output.split()[-1]) * 1024
+    return time.perf_counter() - started, int(output.split()[-1])
 
 
 def measure(gigabytes: float, recipe: str, work: Path) -> dict[str, float]:
@@ -96,6 +97,7 @@ def measure(gigabytes: float, recipe: str, work: Path) -> dict[str, float]:
     source, out = work / "source", work / "out"
     n_layers = make_checkpoint(source, int(gigabytes * 1e9))
     n_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    os.sync()  # the disk must not still be writing the source
     floor = read_once(source)
     seconds, peak = run_quantize(source, out, recipe)
     written = sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from . import publish
 from .device import calibration_dtype, resolve_device
 from .errors import CalibrationError, RecipeError
 from .layout import plan_tensors, unit_of
-from .preflight import check_resources, text_config
+from .preflight import check_resources, peak_resident_bytes, text_config
 from .recipe import load_recipe
 from .units import DataFreeUnits, Job, UnitSource
 
@@ -258,10 +257,9 @@ def _progress(
 
 def _facts(job: Job, started: float) -> dict[str, Any]:
     """Times and memory, for the report only (never for anything that must be reproducible)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "wall_seconds": time.monotonic() - started,
-        "peak_resident_bytes": peak,
+        "peak_resident_bytes": peak_resident_bytes(),
         "environment": environment(job),
         "pid": os.getpid(),
     }

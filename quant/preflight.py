@@ -6,6 +6,7 @@ from the first unit on (see `Progress`).
 """
 
 import os
+import resource
 import shutil
 import time
 from collections.abc import Mapping
@@ -117,6 +118,21 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has had resident.
+
+    Linux's own count of this program; the portable one starts with what the *parent* process had.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _existing_parent(path: Path) -> Path:

@@ -8,7 +8,13 @@ import torch
 
 from fewbit.quant import preflight
 from fewbit.quant.errors import CheckpointError
-from fewbit.quant.preflight import RESIDENT_BYTES, check_resources, hidden_bytes, text_config
+from fewbit.quant.preflight import (
+    RESIDENT_BYTES,
+    check_resources,
+    hidden_bytes,
+    peak_resident_bytes,
+    text_config,
+)
 
 GB = 10**9
 
@@ -97,3 +103,10 @@ def test_this_machine_says_how_much_memory_it_has():
 def test_text_config_is_the_config_where_there_is_no_inner_one(inner):
     config = {"a": 1, "text_config": inner}
     assert text_config(config) is config
+
+
+def test_peak_memory_follows_what_is_touched():
+    before = peak_resident_bytes()
+    block = torch.ones(before // 4 + (64 << 20) // 4)
+    assert peak_resident_bytes() >= before + (32 << 20)
+    assert block.numel() > 0
