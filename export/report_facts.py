@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 REPORT_VERSION = 1
@@ -80,10 +81,7 @@ class TensorReport:
     @property
     def n_weights(self) -> int:
         """Weights represented."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return prod(self.shape)
 
     @property
     def error(self) -> float:

@@ -10,6 +10,7 @@ by `unpack`.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -31,10 +32,7 @@ class PartSpec:
     @property
     def n_bytes(self) -> int:
         """Bytes that the part takes on disk."""
-        total = self.dtype.itemsize
-        for size in self.shape:
-            total *= size
-        return total
+        return self.dtype.itemsize * prod(self.shape)
 
 
 class Format(Protocol):

@@ -11,6 +11,7 @@ A `PackedTensor` holds facts only. How parts turn into numbers is the format's b
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -46,10 +47,7 @@ class PackedTensor:
     @property
     def n_weights(self) -> int:
         """Number of weights represented."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
