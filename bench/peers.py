@@ -1,10 +1,15 @@
 """GPTQ W4A16 g128 of the bundled model, ours beside llm-compressor, in the same run.
 
+Ours twice: the same algorithm as the peer's (GPTQ alone: `--set 'pass=[{name="gptq", sweeps=0}]'`), and
+the recipe `w4a16` as it is, which also searches ranges, refines codes, and runs the original model
+beside the quantized one to repay the drift of inputs.
+
     python -m venv peers && peers/bin/pip install llmcompressor
     python -m bench.peers --python peers/bin/python -o bench/results/peers_gptq_cpu.json
 
 Both quantize the bundled model with 128 windows of 256 tokens of the bundled text and are timed
-around the quantization itself (imports and tokenising excluded), in turns. Both results are then
+around the quantization itself (imports and tokenising excluded; ours writes and verifies its
+checkpoint inside that time, the peer's is not saved), in turns. Both results are then
 evaluated by the same code: dequantized weights, fp32, 219 windows of 256 tokens.
 """
 
@@ -22,14 +27,25 @@ SAMPLES, LENGTH = 128, 256
 
 _OURS = f"""
 import json, sys, time
-import torch, transformers
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers.models.llama.modeling_llama, transformers.conversion_mapping
 from fewbit.quant.pipeline import quantize
-import fewbit.calibrate.model
-out, seed = sys.argv[1], int(sys.argv[2])
+from fewbit.quant import blockwise
+from fewbit.quant.format import formats
+from fewbit.calibrate.protocol import passes
+from fewbit.calibrate.data import load_calibration
+formats(), passes()
+out, seed, settings = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+tokenizer = AutoTokenizer.from_pretrained({str(DATA / "tiny-llama")!r})
+load_calibration(None, tokenizer, {SAMPLES}, {LENGTH}, seed)
+started = time.perf_counter()
+load_calibration(None, tokenizer, {SAMPLES}, {LENGTH}, seed)
+tokenising = time.perf_counter() - started
 started = time.perf_counter()
 quantize({str(DATA / "tiny-llama")!r}, out, recipe="w4a16", samples={SAMPLES}, length={LENGTH},
-         seed=seed)
-print(json.dumps({{"seconds": time.perf_counter() - started}}))
+         seed=seed, settings=settings)
+print(json.dumps({{"seconds": time.perf_counter() - started - tokenising}}))
 """
 
 _PEER = f"""
@@ -65,10 +81,13 @@ print(json.dumps({{"seconds": seconds}}))
 """
 
 
-def run(python: str, code: str, out: str, seed: int) -> float:
+GPTQ_ALONE = 'pass=[{name="gptq", sweeps=0}]'
+
+
+def run(python: str, code: str, out: str, seed: int, *settings: str) -> float:
     """Seconds that the quantization itself took, from the last line of the process's output."""
     done = subprocess.run(
-        [python, "-c", code, out, str(seed)], check=True, capture_output=True, text=True
+        [python, "-c", code, out, str(seed), *settings], check=True, capture_output=True, text=True
     )
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
 
@@ -100,26 +119,37 @@ def main() -> None:
 
     from fewbit.quant.evaluate import evaluate
 
-    ours, peers, our_ratios, peer_ratios = [], [], [], []
+    kinds: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "perplexity_ratios": []}
+        for name in ("fewbit_gptq_alone", "fewbit_w4a16", "llmcompressor_gptq")
+    }
+
+    def note(name: str, seconds: float, ratio: float) -> None:
+        kinds[name]["seconds"].append(seconds)
+        kinds[name]["perplexity_ratios"].append(ratio)
+        print(f"{name:20s} {seconds:6.2f} s  ratio {ratio:.5f}", flush=True)
+
     with tempfile.TemporaryDirectory(prefix="fewbit-peers-") as folder:
         for seed in range(options.rounds):
-            mine, theirs = str(Path(folder) / f"ours{seed}"), str(Path(folder) / f"peer{seed}.pt")
-            ours.append(run(sys.executable, _OURS, mine, seed))
-            peers.append(run(options.python, _PEER, theirs, seed))
-            against = DATA / "tiny-llama"
-            found = evaluate(mine, against=against, length=LENGTH, dtype=torch.float32)
-            our_ratios.append(found.perplexity_ratio)
-            peer_ratios.append(peer_ratio(theirs))
-            print(seed, ours[-1], peers[-1], our_ratios[-1], peer_ratios[-1], flush=True)
+            for name, settings in (("fewbit_gptq_alone", (GPTQ_ALONE,)), ("fewbit_w4a16", ())):
+                out = str(Path(folder) / f"{name}{seed}")
+                seconds = run(sys.executable, _OURS, out, seed, *settings)
+                found = evaluate(
+                    out, against=DATA / "tiny-llama", length=LENGTH, dtype=torch.float32
+                )
+                note(name, seconds, found.perplexity_ratio or 0.0)
+            out = str(Path(folder) / f"peer{seed}.pt")
+            seconds = run(options.python, _PEER, out, seed)
+            note("llmcompressor_gptq", seconds, peer_ratio(out))
+    peer = statistics.median(kinds["llmcompressor_gptq"]["seconds"])
     result = {
         "command": "python -m bench.peers --python PEER_PYTHON",
         "work": f"bundled model, W4A16 g128 GPTQ, {SAMPLES} x {LENGTH} tokens",
         "cores": os.cpu_count(),
-        "fewbit_seconds": ours,
-        "llmcompressor_seconds": peers,
-        "time_ratio_of_medians": statistics.median(ours) / statistics.median(peers),
-        "fewbit_perplexity_ratios": our_ratios,
-        "llmcompressor_perplexity_ratios": peer_ratios,
+        "time_ratio_of_medians": {
+            name: statistics.median(kind["seconds"]) / peer for name, kind in kinds.items()
+        },
+        **kinds,
     }
     Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

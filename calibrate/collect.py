@@ -24,7 +24,7 @@ from .structure import Structure
 from .uses import Use, WatchWeights
 
 MAX_STAGE_BYTES = 2 << 30
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 
     bf16 rows on a CPU are multiplied as they are (where they come in bf16, that is four times as fast)
     in chunks: each partial product is rounded to bf16 once and added in fp32. Measured on 32k
-    correlated random rows, the sums differ from fp32 ones by 0.03 %; another draw differs by 5 %.
+    correlated random rows, the sums differ from fp32 ones by 0.06 %; another draw differs by 5 %.
     """
     if left.dtype != torch.bfloat16 or left.device.type != "cpu":
         total.addmm_(left.float().mT, right.float())

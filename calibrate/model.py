@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 # Keys of config.json that say how the source is stored or was once run.
 _NOT_OF_THE_GRAPH = ("quantization_config", "attn_implementation", "_attn_implementation")
-
+_NO_MODEL = "the transformers library builds no text model from model_type {!r}"
+_DATA_FREE = "use a recipe without calibration"
+_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError,
+             RuntimeError, AssertionError)  # fmt: skip
 
 class HasShape(Protocol):
     """Facts of a source tensor."""
@@ -95,14 +98,10 @@ def build_skeleton(
     config = _clean_config(config)
     hook = register_module_parameter_registration_hook(cast(Any, _meta_parameter))
     try:
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="eager"
-        )
-    except ValueError as error:
-        raise CalibrationError(
-            f"the transformers library builds no text model from model_type "
-            f"{config.model_type!r}: {str(error).splitlines()[0]}; use a recipe without calibration"
-        ) from error
+        with _library_refuses(_NO_MODEL.format(config.model_type), _DATA_FREE):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, experts_implementation="eager"
+            )
     finally:
         hook.remove()
     _keep_in_fp32(model, dtype)
@@ -118,13 +117,19 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a checkpoint's folder; CalibrationError if there is none that opens."""
     from transformers import AutoTokenizer
 
-    try:
+    remedy = f"copy the model's tokenizer files there, or {_DATA_FREE}"
+    with _library_refuses(f"no tokenizer opens in {folder}", remedy):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"no tokenizer opens in {folder}: {str(error).splitlines()[0]}; copy the model's "
-            "tokenizer files there, or use a recipe without calibration"
-        ) from error
+
+
+@contextmanager
+def _library_refuses(what: str, remedy: str) -> Iterator[None]:
+    """CalibrationError for what the library's constructors raise at files that make no sense."""
+    try:
+        yield
+    except _REFUSALS as error:
+        reason = "; ".join(str(error).splitlines()[:2]) or type(error).__name__
+        raise CalibrationError(f"{what}: {reason}; {remedy}") from error
 
 
 def _clean_config(config: "PretrainedConfig | Mapping[str, Any]") -> "PretrainedConfig":
@@ -143,7 +148,8 @@ def _clean_config(config: "PretrainedConfig | Mapping[str, Any]") -> "Pretrained
             f"the transformers library does not know model_type {model_type!r}; "
             "use a recipe without calibration, or a newer transformers"
         )
-    return CONFIG_MAPPING[model_type].from_dict(deepcopy(keys))
+    with _library_refuses(_NO_MODEL.format(model_type), _DATA_FREE):
+        return CONFIG_MAPPING[model_type].from_dict(deepcopy(keys))
 
 
 def _meta_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:

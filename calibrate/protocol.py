@@ -70,7 +70,10 @@ class PlannedPass:
 
 
 def plan_passes(uses: list[tuple[str, Mapping[str, Any]]]) -> tuple[PlannedPass, ...]:
-    """Resolve names and options; without a rounding pass, `nearest` is appended."""
+    """Resolve names and options; without a rounding pass, `nearest` is appended.
+
+    RecipeError for what is unknown, and for an order in which a pass would do nothing.
+    """
     known = passes()
     planned = []
     for name, keys in uses:
@@ -80,6 +83,25 @@ def plan_passes(uses: list[tuple[str, Mapping[str, Any]]]) -> tuple[PlannedPass,
             )
         step = known[name]
         planned.append(PlannedPass(step, parse_options(f"pass {name}", step.Options, keys)))
+    _check_order([item.step for item in planned])
     if not any(item.step.kind == "round" for item in planned):
         planned.append(PlannedPass(known["nearest"], known["nearest"].Options()))
     return tuple(planned)
+
+
+def _check_order(steps: list[Pass]) -> None:
+    """Weights are rounded once, and what tunes them comes before that."""
+    rounding: Pass | None = None
+    for step in steps:
+        if rounding is not None and step.kind == "round":
+            raise RecipeError(
+                f"passes {rounding.name!r} and {step.name!r} both round, and weights are rounded "
+                f"once; keep one of the two"
+            )
+        if rounding is not None and step.kind == "tune":
+            raise RecipeError(
+                f"pass {step.name!r} tunes what pass {rounding.name!r} before it has already "
+                f"rounded; put {step.name!r} before {rounding.name!r}"
+            )
+        if step.kind == "round":
+            rounding = step

@@ -2,7 +2,8 @@
 
 The journal `fewbit.journal` holds one line for each event, `<json>\\t<crc32c hex>\\n`: the identity
 of the run, each finished unit (its tensors' places and checksums, and its report rows), each closed
-shard. A last line without its newline is a torn write and is dropped; any other damage is an error.
+shard, the names of the files to be copied beside the shards. A last line without its newline is a
+torn write and is dropped; any other damage is an error.
 While a run holds the journal open, no other process can write to the same folder.
 """
 
@@ -57,12 +58,23 @@ class Journal:
         if len(whole) != len(data):
             file.truncate(len(whole))
 
+    def salvage(self) -> None:
+        """Lock, and read the lines that are whole; damaged ones are passed over, not an error."""
+        file = self._locked()
+        file.seek(0)
+        self.events = []
+        for index, line in enumerate(_lines(file.read())):
+            with suppress(CheckpointError, ValueError):
+                self.events.append(_parse_line(self.path, index, line))
+
     def clear(self) -> None:
         """Forget what is there, whatever it is; the lock is held until `close`."""
         self._locked().truncate(0)
         self.events = []
 
     def _locked(self) -> IO[bytes]:
+        if self._file is not None:
+            return self._file
         file = open(self.path, "a+b")  # noqa: SIM115 - held for the life of the run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

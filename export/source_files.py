@@ -15,6 +15,7 @@ them. Nothing here looks into a safetensors file.
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +123,11 @@ def is_extra(path: Path) -> bool:
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
     """(bytes, object) of a JSON file. CheckpointError unless it is one JSON object."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT:
-            raise ValueError(f"{size} bytes, at most {MAX_TEXT} are allowed")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise ValueError("it is no regular file")
+        if status.st_size > MAX_TEXT:
+            raise ValueError(f"{status.st_size} bytes, at most {MAX_TEXT} are allowed")
         text = path.read_bytes()
         found = json.loads(text.decode("utf-8"))  # with Infinity: published configs have it
     except RecursionError:

@@ -34,7 +34,7 @@ from ..quant.format import PartSpec
 from .journal import JOURNAL, Journal, named_os_errors, sync_folder
 from .safetensors_file import DTYPES
 
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
+SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -163,7 +163,7 @@ class CheckpointWriter:
 
     def _refuse_strangers(self) -> None:
         for path in self.folder.iterdir():
-            if _SHARD.fullmatch(path.name):
+            if SHARD_NAME.fullmatch(path.name):
                 raise CheckpointError(
                     f"{self.folder} holds {path.name} but no journal of an unfinished run; choose "
                     f"another output folder, or discard it with --restart"
@@ -353,6 +353,13 @@ class CheckpointWriter:
         spec = self.units[unit].tensors[name]
         return torch.frombuffer(data, dtype=torch.uint8).view(spec.dtype).view(spec.shape)
 
+    def note_extras(self, names: Sequence[str]) -> None:
+        """Note files that are about to be copied into the folder, so that they are known as ours."""
+        event = {"event": "extras", "names": list(names)}
+        if names and event not in self._journal.events:
+            with named_os_errors(self.folder):
+                self._journal.append(event)
+
     def finish(self) -> None:
         """Remove the journal: the checkpoint is complete."""
         with named_os_errors(self.folder):
@@ -369,16 +376,36 @@ class CheckpointWriter:
         self._journal.close()
 
 
+def extras_in(events: Iterable[Mapping[str, Any]]) -> set[str]:
+    """File names that `extras` events of a journal speak of; what is no plain name is left out."""
+    found: set[str] = set()
+    for event in events:
+        names = event.get("names") if event.get("event") == "extras" else None
+        if isinstance(names, list):
+            found |= {name for name in names if is_plain_name(name)}
+    return found
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether this names a file in the folder itself, and not the journal, which is the lock."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..", JOURNAL)
+
+
 def _difference(where: str, found: Any, wanted: Any) -> str | None:
     """`key.subkey: found, now wanted` for the first difference of two JSON trees, None if equal."""
     if found == wanted:
         return None
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
+        for key in sorted(found.keys() | wanted.keys(), key=_telling_first):
             inner = _difference(f"{where}.{key}", found.get(key), wanted.get(key))
             if inner is not None:
                 return inner
     return f"{where.lstrip('.')}: {_short(found)}, now {_short(wanted)}"
+
+
+def _telling_first(key: str) -> tuple[bool, str]:
+    """Another recipe brings other calibration and environment with it, so it is named first."""
+    return key not in ("recipe", "name"), key
 
 
 def _short(value: Any) -> str:

@@ -30,7 +30,7 @@ from ..export.metadata import (
 )
 from ..export.report import Report, build_report, write_report
 from ..export.safetensors_file import Header, map_entries, read_header
-from ..export.writer import CheckpointWriter
+from ..export.writer import SHARD_NAME, CheckpointWriter, extras_in, is_plain_name
 from .errors import CheckpointError, FormatError
 from .format import find_format
 from .layout import PlannedTensor
@@ -39,6 +39,7 @@ from .units import Job
 INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 8 << 20
 _OURS = ("config.json", INDEX, "report.json", "report.html", MANIFEST)
+_SPILL = "fewbit.hidden"  # of calibrated runs, only ever with ".partial"
 
 
 def check_folder(out: Path, restart: bool, source: Path) -> None:
@@ -64,21 +65,30 @@ def check_folder(out: Path, restart: bool, source: Path) -> None:
 def discard(out: Path) -> None:
     """Remove what an earlier run of ours left in a folder that `check_folder` accepted.
 
-    The journal stays, empty: it is the lock against a second process, and what tells an interrupted
-    removal from a folder of somebody else.
+    The journal and the manifest name files, so they are emptied last: a removal that is killed can
+    be repeated. The journal stays, empty: it is the lock against a second process, and what tells an
+    interrupted removal from a folder of somebody else.
     """
     if not (out / JOURNAL).is_file() and not (out / MANIFEST).is_file():
         return
     journal = Journal(out / JOURNAL)
-    with named_os_errors(out):
-        journal.clear()
-        names = set(_OURS) | _manifest_files(out)
-        for path in out.glob("model*.safetensors"):
-            path.unlink()
-        _remove_torn(out)
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-    journal.close()
+    try:
+        with named_os_errors(out):
+            journal.salvage()
+            names = {*_OURS, f"{_SPILL}.partial"} | _manifest_files(out) | extras_in(journal.events)
+            names |= {path.name for path in out.iterdir() if SHARD_NAME.fullmatch(path.name)}
+            for name in sorted(names, key=_removal_order):
+                for path in (out / name, out / f"{name}.partial"):
+                    if path.is_file() or path.is_symlink():
+                        path.unlink()
+            journal.clear()
+    finally:
+        journal.close()
+
+
+def _removal_order(name: str) -> tuple[bool, bool, bool, str]:
+    """First what makes the folder loadable; shards late, for they forbid a new run in the rest."""
+    return name == MANIFEST, SHARD_NAME.fullmatch(name) is not None, name != "config.json", name
 
 
 def _manifest_files(out: Path) -> set[str]:
@@ -86,7 +96,7 @@ def _manifest_files(out: Path) -> set[str]:
         manifest = read_manifest(out) or {}
     except CheckpointError:  # damaged: its own files are then known by their names only
         return set()
-    return {name for name in manifest.get("files", {}) if "/" not in name}
+    return {name for name in manifest.get("files", {}) if is_plain_name(name)}
 
 
 def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Report:
@@ -99,6 +109,7 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     if quantization and len(quantization["tensors"]) > MAX_INLINE_EXCEPTIONS:
         more, quantization["tensors"] = quantization["tensors"], {}
         quantization["exceptions_in_manifest"] = len(more)
+    writer.note_extras([path.name for path in job.checkpoint.extra_files])
     for path in job.checkpoint.extra_files:
         _copy(path, job.out / path.name)
     _write_index(job.out, writer)
@@ -109,16 +120,17 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     provenance = replace(report.provenance, source=_public_name(job.checkpoint))
     report = replace(report, provenance=provenance)
     write_report(job.out, report)
-    _remove_torn(job.out)
+    _remove_torn(job, writer)
     write_atomic(job.out / "config.json", config_text)
     return report
 
 
-def _remove_torn(out: Path) -> None:
+def _remove_torn(job: Job, writer: CheckpointWriter) -> None:
     """Temporary files of earlier runs that were killed while they wrote them."""
-    with named_os_errors(out):
-        for path in out.glob("*.partial"):
-            path.unlink()
+    extras = [path.name for path in job.checkpoint.extra_files]
+    with named_os_errors(job.out):
+        for name in (*writer.names, *_OURS, _SPILL, *extras):
+            (job.out / f"{name}.partial").unlink(missing_ok=True)
 
 
 def module_spec(tensor: PlannedTensor) -> ModuleSpec:

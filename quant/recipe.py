@@ -9,6 +9,7 @@ identity of a run; two recipes with the same text produce the same bytes.
 """
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -22,21 +23,25 @@ from .errors import RecipeError, nearest_name
 from .format import find_format, parse_options
 
 DEFAULT_IGNORE = ("lm_head",)
+MIN_LENGTH = 8  # tokens of a calibration window
 # Left as they are unless an override names them: tiny, and which expert they choose is brittle.
 ROUTERS = r"re:.*\.(router|gate|shared_expert_gate)$"
 
 
 @dataclass(frozen=True)
 class CalibrationKeys:
-    """`[calibration]`: `samples` windows of `length` tokens."""
+    """`[calibration]`: `samples` windows of `length` tokens; shorter ones say nothing of a text."""
 
     samples: int = 128
     length: int = 512
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"calibration.{key} must be a whole number ≥ 1, got {value!r}")
+            least = MIN_LENGTH if key == "length" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(
+                    f"calibration.{key} must be a whole number ≥ {least}, got {value!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,11 @@ def _apply_setting(tree: dict[str, Any], setting: str) -> None:
     path = key.split(".")
     node: Any = tree
     if path[0] == "pass" and len(path) == 3:
-        uses = [use for use in tree.get("pass", []) if use.get("name") == path[1]]
+        # The tree is not validated yet; `_pass_use` refuses what is skipped here.
+        tables = [use for use in _typed(tree, "pass", list, []) if isinstance(use, dict)]
+        uses = [use for use in tables if use.get("name") == path[1]]
         if not uses:
-            names = [str(use.get("name")) for use in tree.get("pass", [])]
+            names = [str(use.get("name")) for use in tables]
             raise RecipeError(
                 f"--set {key}: the recipe has no pass {path[1]!r}{nearest_name(path[1], names)}; "
                 f"it has: {', '.join(names) or 'none'}"
@@ -233,8 +240,11 @@ def _section(name: str, kind: type[Any], tree: Mapping[str, Any]) -> Any:
 def _gate(tree: Mapping[str, Any]) -> GateKeys:
     gate: GateKeys = _section("gate", GateKeys, tree)
     for key, value in asdict(gate).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise RecipeError(f"gate.{key} must be a number ≥ 0, got {value!r}")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise RecipeError(
+                f"gate.{key} must be a finite number ≥ 0 (0 switches it off), got {value!r}"
+            )
     return gate
 
 

@@ -18,6 +18,7 @@ from ..calibrate.protocol import PlannedPass
 from ..export.checkpoint import Checkpoint
 from ..export.writer import CheckpointWriter, Chunked
 from .block import Block, Weight
+from .errors import FormatError
 from .format import dequantize
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
@@ -119,8 +120,11 @@ def _rounded_slabs(
 ) -> Iterator[PackedTensor]:
     for value in _slabs(job, tensor):
         weight = make_weight(tensor, value.mT if tensor.transposed else value)
-        for item in job.passes:
-            item.step.run(Block(unit, [weight]), {}, item.options)
+        try:
+            for item in job.passes:
+                item.step.run(Block(unit, [weight]), {}, item.options)
+        except FormatError as error:  # passes know values, not where they come from
+            raise FormatError(f"{tensor.module}: {error}") from error
         packed = packed_of(weight)
         error, energy = weight_error(weight, packed)
         sums.error += error

@@ -1,6 +1,7 @@
 """The writer: golden container bytes, resuming after any cut, named errors for damage."""
 
 import errno
+import json
 import struct
 
 import pytest
@@ -150,6 +151,34 @@ def test_other_identity_is_named(tmp_path):
     write_all(tmp_path, units, stop_after=1)
     with pytest.raises(CheckpointError, match="another seed: 0, now 7"):
         write_all(tmp_path, units, identity={"recipe": "r", "seed": 7})
+
+
+def test_another_recipe_is_named_before_what_it_brings_along(tmp_path):
+    units = [unit(i) for i in range(2)]
+    calibrated = {"calibration": {"text": 1}, "recipe": {"bits": 4, "name": "w4a16"}}
+    write_all(tmp_path, units, stop_after=1, identity=calibrated)
+    other = {"calibration": None, "recipe": {"bits": 8, "name": "w8a16"}}
+    with pytest.raises(CheckpointError, match=r"another recipe\.name: w4a16, now w8a16"):
+        write_all(tmp_path, units, identity=other)
+
+
+def test_extras_are_noted_once_and_do_not_disturb_resuming(tmp_path):
+    units = [unit(i) for i in range(2)]
+    for _ in range(2):
+        writer = CheckpointWriter(tmp_path, [plan for plan, _ in units], IDENTITY, 40)
+        writer.open()
+        writer.note_extras(["tokenizer.json"])
+        writer.note_extras([])
+        writer.abandon()
+        write_all(tmp_path, units, stop_after=1)
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines()
+    assert [json.loads(line.rpartition(b"\t")[0])["event"] for line in lines].count("extras") == 1
+    write_all(tmp_path, units)
+    assert len(load_all(tmp_path)) == 4
+
+
+def load_all(folder):
+    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
 def test_second_process_is_refused(tmp_path):

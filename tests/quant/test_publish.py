@@ -88,6 +88,86 @@ def test_discard_removes_what_the_run_wrote_and_nothing_else(source, tmp_path):
     verify_checkpoint(out)
 
 
+USERS = ("model_notes.safetensors", "model-1.safetensors", "download.partial", "fewbit.hidden",
+         "model.safetensors.bak")  # fmt: skip
+
+
+def test_files_that_only_look_like_ours_stay(monkeypatch, source, tmp_path):
+    out = tmp_path / "out"
+    stop_before_the_end(monkeypatch, source, out)
+    for name in USERS:
+        (out / name).write_text("mine")
+    run(source, out)
+    assert all((out / name).read_text() == "mine" for name in USERS)
+    torn = ("model-00001-of-00002.safetensors.partial", "tokenizer.json.partial",
+            "fewbit.hidden.partial")  # fmt: skip
+    for name in torn:
+        (out / name).write_text("torn")
+    discard(out)
+    assert {path.name for path in out.iterdir()} == {JOURNAL, *USERS}
+
+
+def test_restart_removes_what_another_source_left_before_its_manifest(
+    monkeypatch, source, tmp_path
+):
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(source, other)
+    (other / "chat_template.jinja").write_text("of the other")
+    stop_before_the_end(monkeypatch, other, out)
+    assert (out / "chat_template.jinja").is_file() and not (out / MANIFEST).exists()
+    run(source, out, restart=True)
+    assert not (out / "chat_template.jinja").exists()
+    verify_checkpoint(out)
+
+
+def test_a_killed_removal_can_be_repeated(monkeypatch, source, tmp_path):
+    out, real = tmp_path / "out", Path.unlink
+    stop_before_the_end(monkeypatch, source, out)
+
+    def stop(path, *arguments, **more):
+        if path.suffix == ".safetensors":
+            raise KeyboardInterrupt
+        real(path, *arguments, **more)
+
+    (out / "config.json").write_text("{}")
+    (out / "tokenizer.json.partial").write_text("torn")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", stop)
+        discard(out)
+    assert {path.name for path in out.iterdir()} == {JOURNAL, "model.safetensors"}
+    (out / "tokenizer.json").write_text("{}")  # the journal still knows it
+    discard(out)
+    assert {path.name for path in out.iterdir()} == {JOURNAL}
+
+
+def test_another_recipe_in_an_unfinished_folder_is_called_so(monkeypatch, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    model, out = Path(publish.__file__).parent / "data" / "tiny-llama", tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "_run", stop)
+        run(model, out, recipe="w4a16", samples=2, length=32)
+    with pytest.raises(CheckpointError, match=r"another recipe\.name: w4a16, now w8a16"):
+        run(model, out, recipe="w8a16")
+
+
+def test_the_journal_cannot_name_files_elsewhere(monkeypatch, source, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside.txt"
+    stop_before_the_end(monkeypatch, source, out)
+    outside.write_text("mine")
+    (out / "sub").mkdir()
+    journal = Journal(out / JOURNAL)
+    journal.open()
+    names = ["../outside.txt", str(outside), "..", ".", "", "sub", JOURNAL, 3, None]
+    for event in ({"event": "extras", "names": names}, {"event": "extras"}, {"event": "later"}):
+        journal.append(event)
+    journal.close()
+    discard(out)
+    assert outside.read_text() == "mine"
+    assert {path.name for path in out.iterdir()} == {JOURNAL, "sub"}
+
+
 def test_discard_copes_with_damaged_facts(source, tmp_path):
     out = tmp_path / "out"
     run(source, out)
