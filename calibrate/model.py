@@ -37,13 +37,12 @@ from ..quant.names import NameMap, slot_view
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
 # Keys of config.json that say how the source is stored or was once run.
 _NOT_OF_THE_GRAPH = ("quantization_config", "attn_implementation", "_attn_implementation")
 _NO_MODEL = "the transformers library builds no text model from model_type {!r}"
 _DATA_FREE = "use a recipe without calibration"
-_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError,
-             RuntimeError, AssertionError)  # fmt: skip
+_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
+
 
 class HasShape(Protocol):
     """Facts of a source tensor."""
@@ -97,13 +96,10 @@ def build_skeleton(
 
     config = _clean_config(config)
     hook = register_module_parameter_registration_hook(cast(Any, _meta_parameter))
-    try:
-        with _library_refuses(_NO_MODEL.format(config.model_type), _DATA_FREE):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, experts_implementation="eager"
-            )
-    finally:
-        hook.remove()
+    with hook, _library_refuses(_NO_MODEL.format(config.model_type), _DATA_FREE):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, experts_implementation="eager"
+        )
     _keep_in_fp32(model, dtype)
     return model.eval()
 
@@ -125,10 +121,15 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 @contextmanager
 def _library_refuses(what: str, remedy: str) -> Iterator[None]:
     """CalibrationError for what the library's constructors raise at files that make no sense."""
+    from huggingface_hub.errors import StrictDataclassError as Strict
+
     try:
         yield
-    except _REFUSALS as error:
-        reason = "; ".join(str(error).splitlines()[:2]) or type(error).__name__
+    except (*_REFUSALS, RuntimeError, AssertionError, Strict) as error:
+        lines = (
+            str(error) or type(error).__name__
+        ).splitlines()  # strict errors have the cause 2nd
+        reason = " ".join(map(str.strip, lines[: 1 + isinstance(error, Strict)]))
         raise CalibrationError(f"{what}: {reason}; {remedy}") from error
 
 

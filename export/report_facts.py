@@ -103,7 +103,7 @@ class Provenance:
     """Where the checkpoint comes from, enough to make it again.
 
     recipe_text: canonical text. revision, fingerprint: of the source. calibration: its fingerprint.
-    versions: libraries and machine facts. command: as typed, empty when run from Python.
+    versions: libraries and machine facts. command: repeats the run.
     """
 
     recipe: str

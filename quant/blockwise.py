@@ -31,7 +31,7 @@ from ..export.journal import named_os_errors
 from ..export.writer import CheckpointWriter, Chunked
 from .block import Block, Weight
 from .device import calibration_dtype
-from .errors import CalibrationError
+from .errors import CalibrationError, FormatError
 from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
@@ -221,8 +221,11 @@ class BlockwiseUnits(UnitSource):
         started = time.monotonic()
         weights = {key: self._weight(key, stage) for key in keys}
         work = Block(name, list(weights.values()))
-        for item in self._job.passes:
-            work = item.step.run(work, stats, item.options)
+        try:
+            for item in self._job.passes:
+                work = item.step.run(work, stats, item.options)
+        except FormatError as error:
+            raise FormatError(f"{', '.join(keys)}: {error}") from error
         seconds = (time.monotonic() - started) / max(len(keys), 1)
         for key, weight in weights.items():
             tensor, packed = self._job.plan[key], packed_of(weight)

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,8 @@ def quantize(
     try:
         done = writer.open()
         _run(job, writer, work, done, started, progress)
-        report = publish.finish(job, writer, _facts(job, started))
+        command = _command(job, recipe, _with_calibration_keys(settings, samples, length), calib)
+        report = publish.finish(job, writer, {**_facts(job, started), "command": command})
         writer.finish()
     finally:
         writer.abandon()
@@ -253,6 +255,14 @@ def _progress(
         worst=max(errors, key=lambda item: item[1]) if errors else None,
         seconds_left=seconds_left,
     )
+
+
+def _command(job: Job, recipe: str, settings: Sequence[str], calib: str | None) -> str:
+    """The command line of this run for the report, without folders of this machine."""
+    words = ["fewbit", "quantize", publish.public_name(job.checkpoint), "-o", job.out.name]
+    words += ["--recipe", Path(recipe).name, *(w for item in settings for w in ("--set", item))]
+    words += ["--calib", Path(calib).name] if calib is not None else []
+    return shlex.join([*words, "--seed", str(job.seed)])
 
 
 def _facts(job: Job, started: float) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Repo
     manifest = _manifest(job, writer, config, config_text, more)
     write_atomic(job.out / MANIFEST, manifest_bytes(manifest))
     report = build_report(job, writer, facts)
-    provenance = replace(report.provenance, source=_public_name(job.checkpoint))
+    provenance = replace(report.provenance, source=public_name(job.checkpoint))
     report = replace(report, provenance=provenance)
     write_report(job.out, report)
     _remove_torn(job, writer)
@@ -245,7 +245,7 @@ def _manifest(
         "version": VERSION,
         "recipe": {"name": job.recipe.name, "text": job.recipe.text},
         "source": {
-            "name": _public_name(job.checkpoint),
+            "name": public_name(job.checkpoint),
             "revision": job.checkpoint.revision,
             "fingerprint": job.checkpoint.fingerprint,
         },
@@ -260,7 +260,7 @@ def _manifest(
     }
 
 
-def _public_name(source: Checkpoint) -> str:
+def public_name(source: Checkpoint) -> str:
     """The hub id, or the name of the folder: where it lies on this machine concerns nobody else."""
     local = Path(source.name).expanduser().is_dir()
     return source.folder.resolve().name if local else source.name

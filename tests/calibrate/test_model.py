@@ -205,6 +205,26 @@ def test_an_unknown_architecture_is_refused_by_name(model_type: str | None) -> N
         check_architecture({"model_type": model_type})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("num_attention_heads", 0, "zero"),
+        ("hidden_size", "abc", "hidden_size"),
+        ("hidden_size", -1, "multiple"),
+        ("num_hidden_layers", "4", "num_hidden_layers"),
+        ("rope_parameters", [1], "rope_parameters"),
+        ("layer_types", [1], "layer_types"),
+        ("dtype", ["a"], ""),
+        ("hidden_act", "zz", "zz"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_the_reason(
+    key: str, value: object, reason: str
+) -> None:
+    with pytest.raises(CalibrationError, match=f"text model from model_type 'llama': .*{reason}"):
+        check_architecture({**make_config("llama").to_dict(), key: value})
+
+
 def test_covered_architectures_pass_the_check() -> None:
     for arch in ARCHITECTURES:
         check_architecture(make_config(arch).to_dict())

@@ -30,3 +30,17 @@ def test_unknown_names_and_keys_are_named():
         plan_passes([("gptp", {})])
     with pytest.raises(RecipeError, match=r"unknown key 'dampening' \(did you mean 'damping'\?\)"):
         plan_passes([("gptq", {"dampening": 0.1})])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("gptq", "nearest"), "'gptq' and 'nearest' both round, .* keep one of the two"),
+        (("nearest", "nearest"), "'nearest' and 'nearest' both round"),
+        (("gptq", "clip_search"), "put 'clip_search' before 'gptq'"),
+        (("compensate", "gptq", "compensate"), "'compensate' tunes what pass 'gptq' before it"),
+    ],
+)
+def test_passes_that_would_do_nothing_are_refused(names, message):
+    with pytest.raises(RecipeError, match=message):
+        plan_passes([(name, {}) for name in names])

@@ -208,3 +208,9 @@ def test_hub_ids_from_the_cache_without_a_network(tmp_path: Path) -> None:
     for line, name in zip(lines[2:], ("org/name", "org/x"), strict=True):
         assert line.startswith(f"no folder {name!r} here, and the hub gives no such model")
         assert "hf auth login" in line
+
+
+def test_a_pipe_in_place_of_json_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_json(tmp_path / "config.json")

@@ -8,6 +8,7 @@ import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -222,3 +223,27 @@ def test_the_installed_command():
         pytest.skip("fewbit is not installed beside this Python")
     found = subprocess.run([command, "recipes"], capture_output=True, text=True, check=True)
     assert "w4a16" in found.stdout
+
+
+def test_flags_count_for_the_gate_and_a_wrong_recipe_costs_no_work(capsys, monkeypatch, tmp_path):
+    worked = []
+    monkeypatch.setattr(
+        import_module("fewbit.quant.pipeline"), "quantize", lambda *a, **k: worked.append(a)
+    )
+    keys = ("quantize", MODEL, "-o", tmp_path / "out", "--recipe", "w8a16")
+    code, _, err = run(capsys, *keys, "--length", "3")
+    assert code == 1 and "calibration.length must be a whole number ≥ 8, got 3" in err
+    code, _, err = run(capsys, *keys, "--set", "gate.mean_kl=inf")
+    assert code == 1 and "gate.mean_kl must be a finite number" in err
+    assert not worked
+
+
+def test_a_fallback_does_not_hide_a_failed_gate(capsys, monkeypatch, tmp_path):
+    report = SimpleNamespace(fallbacks=["one"], allow_fallback=False)
+    score = SimpleNamespace(perplexity_ratio=2.0, kl_mean=0.1)
+    monkeypatch.setattr(import_module("fewbit.quant.pipeline"), "quantize", lambda *a, **k: report)
+    monkeypatch.setattr(import_module("fewbit.quant.evaluate"), "evaluate", lambda *a, **k: score)
+    keys = ("quantize", MODEL, "-o", tmp_path / "out", "--recipe", "w8a16", "--quiet")
+    code, _, err = run(capsys, *keys, "--set", "gate.perplexity_ratio=1.5")
+    assert code == 3 and "1 fallbacks" in err
+    assert "perplexity_ratio is 2.0, the recipe allows 1.5" in err

@@ -25,7 +25,7 @@ def test_importing_is_instant():
     assert min(float(run(code)) for _ in range(3)) <= 0.3
 
 
-def test_public_names_are_functions_whatever_was_imported():
+def testpublic_names_are_functions_whatever_was_imported():
     run(
         "import importlib\n"
         "from fewbit import quant\n"
@@ -43,7 +43,7 @@ def test_public_names_are_functions_whatever_was_imported():
     )
 
 
-def test_every_public_name_resolves():
+def test_everypublic_name_resolves():
     from fewbit import quant
 
     for name in quant.__all__:

@@ -482,3 +482,10 @@ def test_blocks_stream_through_the_gpu(tmp_path):
     on_cpu = quantize(source, tmp_path / "cpu", samples=8, length=64, device="cpu")
     for a, b in zip(on_gpu.tensors, on_cpu.tensors, strict=True):
         assert a.output_error == pytest.approx(b.output_error, rel=0.1)
+
+
+def test_the_report_says_how_to_repeat_the_run(tmp_path):
+    source = tiny_models.save("llama", tmp_path / "source")
+    report = quantize(source, tmp_path / "out", recipe="w8a16", settings=["weights.bits=6"], seed=3)
+    expected = "fewbit quantize source -o out --recipe w8a16 --set weights.bits=6 --seed 3"
+    assert report.provenance.command == expected

@@ -273,9 +273,9 @@ def test_encoding_of_the_source_is_left_out(source, tmp_path):
 
 def test_the_name_of_a_hub_model_is_its_id(tmp_path):
     hub = SimpleNamespace(name="org/model", folder=tmp_path)
-    assert publish._public_name(hub) == "org/model"
+    assert publish.public_name(hub) == "org/model"
     local = SimpleNamespace(name=f"{tmp_path}/", folder=Path(f"{tmp_path}/"))
-    assert publish._public_name(local) == tmp_path.name
+    assert publish.public_name(local) == tmp_path.name
 
 
 # --- what reads back differently ----------------------------------------------------------------

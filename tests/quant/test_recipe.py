@@ -38,7 +38,7 @@ def test_setting_reaches_a_pass():
         (["weights.format=int_grup"], "unknown format 'int_grup' (did you mean 'int_group'?)"),
         (["pass.gtpq.damping=1"], "no pass 'gtpq' (did you mean 'gptq'?)"),
         (["calibration.samples=0"], "calibration.samples must be a whole number ≥ 1, got 0"),
-        (["gate.perplexity_ratio=-1"], "gate.perplexity_ratio must be a number ≥ 0, got -1"),
+        (["gate.perplexity_ratio=-1"], "gate.perplexity_ratio must be a finite number ≥ 0 "),
         (["nonsense"], "--set takes key=value, got 'nonsense'"),
         (["allow_fallback=maybe"], "'allow_fallback' must be a bool, got 'maybe'"),
     ],
@@ -106,3 +106,28 @@ def test_matches_whole_names_or_last_parts():
 def test_bad_pattern_is_named():
     with pytest.raises(RecipeError, match="not a valid pattern"):
         build_recipe("r", {"weights": {"format": "int_group", "ignore": ["re:("]}})
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+def test_a_gate_that_nothing_can_fail_is_refused(value):
+    with pytest.raises(RecipeError, match=rf"must be a finite number ≥ 0 .*, got {value}"):
+        load_recipe("w4a16", [f"gate.perplexity_ratio={value}"])
+
+
+def test_short_windows_are_refused():
+    assert load_recipe("w4a16", ["calibration.length=8"]).calibration.length == 8
+    with pytest.raises(RecipeError, match=r"calibration\.length must be a whole number ≥ 8, got 7"):
+        load_recipe("w4a16", ["calibration.length=7"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('["a"]', "the recipe has no pass 'gptq'; it has: none"),
+        ("3", "'pass' must be a list, got 3"),
+        ("[{name = 1}]", "it has: 1"),
+    ],
+)
+def test_a_setting_inside_passes_that_are_no_tables(value, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe("w4a16", [f"pass={value}", "pass.gptq.damping=1"])

@@ -1,6 +1,7 @@
 """Data-free units: slabs give the bytes of the whole, and no more than a slab is ever read."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from fewbit.calibrate.protocol import plan_passes
 from fewbit.quant import units
 from fewbit.quant.block import Block
+from fewbit.quant.errors import FormatError
 from fewbit.quant.format import dequantize
 from fewbit.quant.layout import plan_tensors, unit_of
 from fewbit.quant.recipe import load_recipe
@@ -186,3 +188,15 @@ def test_calibrated_is_what_asks_for_statistics():
     assert not job.calibrated
     assert replace(job, passes=plan_passes([("gptq", {})])).calibrated
     assert not replace(job, passes=plan_passes([("clip_search", {"data_free": True})])).calibrated
+
+
+def test_a_tensor_that_its_format_refuses_is_named():
+    def fail(block, stats, options):
+        raise FormatError("a scale overflows fp16")
+
+    job_of(MemoryCheckpoint(mixed(), {}))
+    step = replace(job.passes[-1].step, run=fail)
+    job = replace(job, passes=(replace(job.passes[-1], step=step),))
+    name = next(tensor.module for tensor in job.plan.values() if tensor.rule)
+    with pytest.raises(FormatError, match=rf"^{re.escape(name)}: a scale overflows fp16$"):
+        stored(job)
