@@ -92,14 +92,12 @@ def build_skeleton(
     config: as read from config.json; a `quantization_config` of the source is left out.
     CalibrationError if the library does not know the architecture.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM as Auto
 
     config = _clean_config(config)
     hook = register_module_parameter_registration_hook(cast(Any, _meta_parameter))
     with hook, _library_refuses(_NO_MODEL.format(config.model_type), _DATA_FREE):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, experts_implementation="eager"
-        )
+        model = Auto.from_config(config, dtype=dtype, experts_implementation="eager")
     _keep_in_fp32(model, dtype)
     return model.eval()
 
@@ -126,10 +124,7 @@ def _library_refuses(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (*_REFUSALS, RuntimeError, AssertionError, Strict) as error:
-        lines = (
-            str(error) or type(error).__name__
-        ).splitlines()  # strict errors have the cause 2nd
-        reason = " ".join(map(str.strip, lines[: 1 + isinstance(error, Strict)]))
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise CalibrationError(f"{what}: {reason}; {remedy}") from error
 
 

@@ -224,8 +224,8 @@ class BlockwiseUnits(UnitSource):
         try:
             for item in self._job.passes:
                 work = item.step.run(work, stats, item.options)
-        except FormatError as error:
-            raise FormatError(f"{', '.join(keys)}: {error}") from error
+        except FormatError as reason:
+            raise FormatError(f"{', '.join(keys)}: {reason}") from reason
         seconds = (time.monotonic() - started) / max(len(keys), 1)
         for key, weight in weights.items():
             tensor, packed = self._job.plan[key], packed_of(weight)

@@ -123,8 +123,8 @@ def _rounded_slabs(
         try:
             for item in job.passes:
                 item.step.run(Block(unit, [weight]), {}, item.options)
-        except FormatError as error:  # passes know values, not where they come from
-            raise FormatError(f"{tensor.module}: {error}") from error
+        except FormatError as reason:  # passes know values, not where they come from
+            raise FormatError(f"{tensor.module}: {reason}") from reason
         packed = packed_of(weight)
         error, energy = weight_error(weight, packed)
         sums.error += error

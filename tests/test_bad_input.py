@@ -276,7 +276,7 @@ def test_recipe_files_that_cannot_be_read(capsys, source, out, tmp_path):
         (("--device", "cuda:99"), "'cuda:99'", "use auto"),
         (("--samples", "-1"), "got -1", "≥ 1"),
         (("--samples", "0"), "got 0", "≥ 1"),
-        (("--length", "0"), "got 0", "≥ 1"),
+        (("--length", "0"), "got 0", "≥ 8"),
         (("--seed", "-1"), "got -1", "from 0"),
         (("--seed", str(1 << 64)), "got 18446744073709551616", "from 0"),
         (("--revision", "main"), "'main'", "only hub ids"),

@@ -65,8 +65,8 @@ def test_the_folder_need_not_exist(tmp_path):
 
 
 def test_memory(machine, tmp_path):
-    machine(memory=GB)
-    with pytest.raises(CheckpointError, match=r"1\.0 GB are available; use a machine with more"):
+    machine(memory=GB // 4)
+    with pytest.raises(CheckpointError, match=r"250\.0 MB are available; use a machine with more"):
         check_resources(tmp_path, GB, checkpoint(), None)
     with pytest.raises(CheckpointError, match="data-free recipe"):
         check_resources(tmp_path, GB, checkpoint(), windows(128, 512))

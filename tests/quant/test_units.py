@@ -194,7 +194,7 @@ def test_a_tensor_that_its_format_refuses_is_named():
     def fail(block, stats, options):
         raise FormatError("a scale overflows fp16")
 
-    job_of(MemoryCheckpoint(mixed(), {}))
+    job = job_of(MemoryCheckpoint(mixed(), {}))
     step = replace(job.passes[-1].step, run=fail)
     job = replace(job, passes=(replace(job.passes[-1], step=step),))
     name = next(tensor.module for tensor in job.plan.values() if tensor.rule)
