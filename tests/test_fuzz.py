@@ -1,6 +1,6 @@
 """Random damage: every flipped bit and every truncation is a named error, never a wrong load.
 
-About 200 cases as a rule, 2,000 with FEWBIT_SLOW_TESTS=1. What may follow the damage:
+About 2,200 cases. What may follow the damage:
 
     files of a result            always a FewbitError from the verification
     a sample of them, loaded     always a FewbitError
@@ -9,7 +9,6 @@ About 200 cases as a rule, 2,000 with FEWBIT_SLOW_TESTS=1. What may follow the d
 """
 
 import json
-import os
 import random
 import shutil
 import struct
@@ -25,7 +24,7 @@ from fewbit.quant.inspect import inspect
 from fewbit.quant.load import load
 from fewbit.quant.pipeline import quantize
 
-SCALE = 10 if os.environ.get("FEWBIT_SLOW_TESTS") else 1
+SCALE = 10
 
 
 @pytest.fixture(autouse=True)

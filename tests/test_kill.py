@@ -1,8 +1,7 @@
 """Killed at random moments and resumed: the output is that of an undisturbed run, byte for byte.
 
 The command runs as its own process and gets SIGKILL. Moments are drawn over the whole run, its end
-included: for each, a number of finished units and a delay after it. Six kills as a rule, twenty with
-FEWBIT_SLOW_TESTS=1.
+included: for each, a number of finished units and a delay after it. Twenty kills.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ import pytest
 
 import fewbit.quant.pipeline
 
-KILLS = 20 if os.environ.get("FEWBIT_SLOW_TESTS") else 6
+KILLS = 20
 MODEL = Path(fewbit.quant.pipeline.__file__).parent / "data" / "tiny-llama"
 LIMIT = 120  # seconds for one process
 
