@@ -6,6 +6,7 @@ stays flat whatever the tensor's size. The way through decoder blocks is in `blo
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,18 +47,18 @@ class Job:
         return any(item.step.needs(item.options) for item in self.passes)
 
 
-class UnitSource:
+class UnitSource(ABC):
     """Where units come from: their members up front, their tensors on demand and in order."""
 
     members: list[tuple[str, list[str]]]
 
+    @abstractmethod
     def skip(self, index: int, writer: CheckpointWriter) -> None:
         """Called in order for each unit that an earlier run finished."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, index: int, rows: list[Any]) -> Iterator[Chunked]:
         """The unit's stored tensors in plan order; report rows are appended on the way."""
-        raise NotImplementedError
 
 
 class DataFreeUnits(UnitSource):
