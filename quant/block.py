@@ -24,7 +24,7 @@ class Weight:
     target: what rounding should come close to, fp32; None means `value` itself.
     input_key: names the activation that it multiplies; weights with the same key share statistics.
     clip: per-group range factor left by a search pass, [..., N, groups].
-    measured: sums that a rounding pass made on the way: squared_error, squared_norm.
+    scales: scale parts left by a search pass, as `Format.fit` returns them; they replace fit and clip.
     measured: sums that a rounding pass made on the way (squared_error, squared_norm).
     fallbacks: remarks for the report; a fallback makes the run fail closed.
     """
@@ -38,6 +38,7 @@ class Weight:
     input_key: str = ""
     target: torch.Tensor | None = None
     clip: torch.Tensor | None = None
+    scales: dict[str, torch.Tensor] | None = None
     packed: PackedTensor | None = None
     fallbacks: list[str] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ part name to tensor. A format pads K up to `padded_k`; padding columns hold zero
 by `unpack`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import Any, Protocol
@@ -33,6 +33,20 @@ class PartSpec:
     def n_bytes(self) -> int:
         """Bytes that the part takes on disk."""
         return self.dtype.itemsize * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class IntegerForm:
+    """A weight as integers under one scale (and offset) for each row, for integer products:
+
+        w[.., n, k] = codes[.., n, k] · scale[.., n, 0] + offset[.., n, 0]
+
+    codes int8 [.., N, K] without padding; scale, offset fp32 [.., N, 1], offset None for zero.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None = None
 
 
 class Format(Protocol):
@@ -108,6 +122,18 @@ class Format(Protocol):
 
     def bits(self, shape: tuple[int, ...], options: Any) -> float:
         """Stored bits per weight, padding and scales included."""
+        ...
+
+    def candidates(self, weight: torch.Tensor, options: Any) -> Iterator[Parts]:
+        """Scales that a search may choose from, each as `fit` returns them, best guess first, all
+        valid. Parts with one number per group differ between them and may be mixed group by group;
+        other parts are equal in all."""
+        ...
+
+    def integer_form(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], options: Any
+    ) -> IntegerForm | None:
+        """The weight as integers under row scales; None if these options do not allow it."""
         ...
 
 

@@ -20,6 +20,7 @@ class Problem:
 
     format: name of the weight's (first) format. options: its frozen options.
     dtype: of x and y. device: "cpu" or "cuda". m_bucket: smallest bucket that holds M.
+    activation: name of the format that x is rounded to on the way in; None leaves it as it is.
     """
 
     format: str
@@ -30,6 +31,7 @@ class Problem:
     k: int
     dtype: torch.dtype
     device: str
+    activation: str | None = None
 
     def __str__(self) -> str:
         """`linear int_group bits=4 group=128 ... N=4096 K=4096 M<=4 bfloat16 cpu`."""
@@ -37,6 +39,7 @@ class Problem:
             f"{f.name}={getattr(self.options, f.name)}" for f in fields(self.options)
         )
         terms = f" terms={self.n_terms}" if self.n_terms > 1 else ""
+        terms += f" activation={self.activation}" if self.activation else ""
         return (
             f"linear {self.format} {options}{terms} N={self.n} K={self.k} M<={self.m_bucket} "
             f"{str(self.dtype).removeprefix('torch.')} {self.device}"

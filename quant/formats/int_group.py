@@ -27,13 +27,13 @@ byte i // 8. So 8 codes take b whole bytes. Two of the widths:
 This module does not choose clipping or rounding direction: passes do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import FormatError, RecipeError
-from ..format import Parts, PartSpec
+from ..format import IntegerForm, Parts, PartSpec
 
 _GROUPS = (16, 32, 64, 128)
 _SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -219,6 +219,27 @@ class IntGroup:
             zero = parts["zero_group"].float().unsqueeze(-1)
         values = groups.sub_(zero).mul_(parts["scale_group"].float().unsqueeze(-1))
         return values.flatten(-2)[..., : shape[-1]]
+
+    def candidates(self, weight: torch.Tensor, options: IntGroupOptions) -> Iterator[Parts]:
+        """Scales for the whole range of each group down to 60 % of it."""
+        n_groups = weight.shape[-1] // self.group_size(weight.shape[-1], options)
+        for factor in torch.linspace(1.0, 0.6, 9).tolist():
+            clip = weight.new_full((*weight.shape[:-1], n_groups), factor)
+            yield self.fit(weight, options, clip)
+
+    def integer_form(
+        self,
+        parts: Mapping[str, torch.Tensor],
+        shape: tuple[int, ...],
+        options: IntGroupOptions,
+    ) -> IntegerForm | None:
+        """Symmetric codes under whole-row scales, zero point removed; None for any other options."""
+        if options.group != "row" or not options.symmetric:
+            return None
+        codes = unpack_bits(parts["codes"], options.bits)[..., : shape[-1]]
+        # uint8 subtraction wraps; read as int8 the result is code − 2^(b−1)
+        signed = (codes - (1 << (options.bits - 1))).view(torch.int8)
+        return IntegerForm(signed, parts["scale_group"].float())
 
     def slice(
         self,
