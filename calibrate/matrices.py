@@ -77,6 +77,28 @@ class MatrixBatch:
             return None
         return torch.stack([_join(matrix, _piece_clip) for matrix in self.matrices])
 
+    def scales(self, values: torch.Tensor) -> Parts:
+        """Scale parts [B, N, ...] left by a search pass; without one, those that fit `values`
+        within `clips`."""
+        first = self.matrices[0].pieces[0].weight.scales
+        if first is None:
+            return self.format.fit(values, self.options, self.clips())
+        return {name: self._scale_part(name) for name in first}
+
+    def _scale_part(self, name: str) -> torch.Tensor:
+        return torch.stack(
+            [_join(matrix, lambda piece: _piece_scale(piece, name)) for matrix in self.matrices]
+        )
+
+    def leave_scales(self, scales: Mapping[str, torch.Tensor]) -> None:
+        """Put scale parts [B, N, ...] into `Weight.scales` of the weights that the rows come from."""
+        for index, matrix in enumerate(self.matrices):
+            for piece in matrix.pieces:
+                rows = {
+                    name: part[index, piece.start : piece.stop] for name, part in scales.items()
+                }
+                _leave(piece, rows)
+
     @property
     def padded_k(self) -> int:
         """K after the format's padding."""
@@ -102,6 +124,25 @@ def _piece_clip(piece: Piece) -> torch.Tensor:
     if clip is None:
         raise RuntimeError(f"{piece.weight.name}: no clip, but its neighbours have one")
     return clip if piece.expert is None else clip[piece.expert]
+
+
+def _piece_scale(piece: Piece, name: str) -> torch.Tensor:
+    scales = piece.weight.scales
+    if scales is None:
+        raise RuntimeError(f"{piece.weight.name}: no scales, but its neighbours have some")
+    return scales[name] if piece.expert is None else scales[name][piece.expert]
+
+
+def _leave(piece: Piece, rows: Parts) -> None:
+    weight = piece.weight
+    if piece.expert is None:
+        weight.scales = rows
+        return
+    if weight.scales is None:
+        n_experts = weight.value.shape[0]
+        weight.scales = {n: part.new_empty(n_experts, *part.shape) for n, part in rows.items()}
+    for name, part in rows.items():
+        weight.scales[name][piece.expert] = part
 
 
 def expert_key(input_key: str, expert: int) -> str:

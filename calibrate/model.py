@@ -19,29 +19,22 @@ Experts run one after the other ("eager"), so that their inputs can be watched. 
 padding masks and images are not dealt with here.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..quant.errors import CalibrationError, CheckpointError
+from ..quant.hadamard import Hadamard
 from ..quant.names import NameMap, slot_view
+from .skeleton import build_skeleton, find_blocks, put_tensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# Keys of config.json that say how the source is stored or was once run.
-_NOT_OF_THE_GRAPH = ("quantization_config", "attn_implementation", "_attn_implementation")
-_NO_MODEL = "the transformers library builds no text model from model_type {!r}"
-_DATA_FREE = "use a recipe without calibration"
-_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError)
+    from transformers import PretrainedConfig
 
 
 class HasShape(Protocol):
@@ -84,125 +77,11 @@ class _Stopped(Exception):
     """Ends a forward pass of the library after its last decoder layer was reached."""
 
 
-def build_skeleton(
-    config: "PretrainedConfig | Mapping[str, Any]", dtype: torch.dtype
-) -> "PreTrainedModel":
-    """A causal language model with parameters on meta (in `dtype`) and real buffers.
-
-    config: as read from config.json; a `quantization_config` of the source is left out.
-    CalibrationError if the library does not know the architecture.
-    """
-    from transformers import AutoModelForCausalLM as Auto
-
-    config = _clean_config(config)
-    hook = register_module_parameter_registration_hook(cast(Any, _meta_parameter))
-    with hook, _library_refuses(_NO_MODEL.format(config.model_type), _DATA_FREE):
-        model = Auto.from_config(config, dtype=dtype, experts_implementation="eager")
-    _keep_in_fp32(model, dtype)
-    return model.eval()
-
-
-def check_architecture(config: Mapping[str, Any]) -> None:
-    """CalibrationError unless a block-wise graph can be built from the contents of config.json."""
-    find_blocks(build_skeleton(config, torch.bfloat16))
-
-
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in a checkpoint's folder; CalibrationError if there is none that opens."""
-    from transformers import AutoTokenizer
-
-    remedy = f"copy the model's tokenizer files there, or {_DATA_FREE}"
-    with _library_refuses(f"no tokenizer opens in {folder}", remedy):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-@contextmanager
-def _library_refuses(what: str, remedy: str) -> Iterator[None]:
-    """CalibrationError for what the library's constructors raise at files that make no sense."""
-    from huggingface_hub.errors import StrictDataclassError as Strict
-
-    try:
-        yield
-    except (*_REFUSALS, RuntimeError, AssertionError, Strict) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        raise CalibrationError(f"{what}: {reason}; {remedy}") from error
-
-
-def _clean_config(config: "PretrainedConfig | Mapping[str, Any]") -> "PretrainedConfig":
-    """A copy of the configuration without what tells how the source was stored or run."""
-    from transformers import CONFIG_MAPPING
-
-    if not isinstance(config, Mapping):
-        copied = deepcopy(config)
-        if hasattr(copied, "quantization_config"):
-            del copied.quantization_config
-        return copied
-    keys = {key: value for key, value in config.items() if key not in _NOT_OF_THE_GRAPH}
-    model_type = str(keys.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise CalibrationError(
-            f"the transformers library does not know model_type {model_type!r}; "
-            "use a recipe without calibration, or a newer transformers"
-        )
-    with _library_refuses(_NO_MODEL.format(model_type), _DATA_FREE):
-        return CONFIG_MAPPING[model_type].from_dict(deepcopy(keys))
-
-
-def _meta_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """Replacement of a parameter while it is registered; None keeps it (and keeps ties)."""
-    if parameter.is_meta:
-        return None
-    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def _keep_in_fp32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """What the architecture declares too sensitive for 16 bit, as the library does on loading."""
-    patterns: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        patterns |= set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        patterns |= set(model._keep_in_fp32_modules or ())
-    if not patterns:
-        return
-    matcher = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if matcher.search(name) and tensor.is_floating_point():
-            put_tensor(model, name, tensor.detach().float())
-
-
-def put_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replace the parameter or buffer called `name`."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if isinstance(getattr(owner, leaf), nn.Parameter) and not isinstance(value, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(owner, leaf, value)
-
-
-def find_blocks(model: "PreTrainedModel") -> tuple[str, ...]:
-    """Names of the decoder layers: members of the decoder's longest module list that is in no
-    other. (A vision tower beside the decoder may have more layers; experts are lists in a layer.)
-    """
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    lists: dict[str, int] = {}
-    for name, module in decoder.named_modules(prefix=prefix):
-        inside = any(name.startswith(f"{other}.") for other in lists)
-        if isinstance(module, nn.ModuleList) and not inside:
-            lists[name] = len(module)
-    if not lists or max(lists.values()) == 0:
-        raise CalibrationError(
-            f"{type(model).__name__} has no list of decoder layers; "
-            "use a recipe without calibration"
-        )
-    longest = max(lists, key=lambda name: lists[name])
-    return tuple(f"{longest}.{index}" for index in range(lists[longest]))
-
-
 class ModelGraph:
     """A model whose blocks are brought into memory one at a time.
 
     config: contents of config.json. source: where decoded tensors are read. dtype: of the graph.
+    online: source tensor -> transform of the input of the linear layer that it is the weight of.
     CheckpointError if the checkpoint lacks a tensor, or has one of another shape;
     CalibrationError if the architecture is unknown.
     """
@@ -213,6 +92,7 @@ class ModelGraph:
         source: TensorSource,
         dtype: torch.dtype,
         device: torch.device,
+        online: Mapping[str, Hadamard] | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
@@ -230,6 +110,31 @@ class ModelGraph:
         self._empty: dict[str, torch.Tensor] = {**persistent, **parameters}
         self._readable = {name: self._named_source(name) for name in self._empty}
         self._block_of = self._sort_sources()
+        self._online: set[str] = set()
+        for key, turn in (online or {}).items():
+            self._transform_input(key, turn)
+
+    def _transform_input(self, key: str, turn: Hadamard) -> None:
+        """Let the linear layer with weight `key` multiply turn.apply(x) instead of x."""
+        slot = self.names.slot(key)
+        name = slot.parameter.removesuffix(".weight") if slot else ""
+        module = self._model.get_submodule(name) if slot else None
+        if (
+            slot is None
+            or slot.rows
+            or slot.expert is not None
+            or not isinstance(module, nn.Linear)
+        ):
+            raise CalibrationError(
+                f"{key} is not the whole weight of one linear layer, so its input cannot be "
+                f"transformed at run time; leave its edge out of the pass rotate"
+            )
+
+        def before(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (turn.apply(args[0]), *args[1:])
+
+        module.register_forward_pre_hook(before)
+        self._online.add(name)
 
     def _named_source(self, name: str) -> str | None:
         """The graph name under which the source has `name`: its own, or one that it is tied to.
@@ -260,6 +165,77 @@ class ModelGraph:
                 parent = ".".join(slot.parameter.split(".")[:depth])
                 found[key] = indices.get(parent, -1)
         return found
+
+    @property
+    def config(self) -> "PretrainedConfig":
+        """Configuration of the graph."""
+        return self._model.config
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the graph, `LlamaForCausalLM`."""
+        return type(self._model).__name__
+
+    @property
+    def source_tensors(self) -> Mapping[str, HasShape]:
+        """Facts of the source's tensors."""
+        return self._source.tensors
+
+    @property
+    def attention_implementation(self) -> str:
+        """Name under which the library looks up the attention function."""
+        return str(self._model.config._attn_implementation)
+
+    def embedding_names(self) -> tuple[str, str | None]:
+        """Graph parameters of input and output embedding, the same if tied; None without a head."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        first, last = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        embedding = f"{names[id(first)]}.weight"
+        if last is None:
+            return embedding, None
+        return embedding, embedding if last.weight is first.weight else f"{names[id(last)]}.weight"
+
+    def untied_head(self) -> str:
+        """Name of the output embedding's own parameter, whether tied or not."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        return f"{names[id(self._model.get_output_embeddings())]}.weight"
+
+    @contextmanager
+    def outer_module(self, name: str) -> Iterator[nn.Module]:
+        """The module called `name`, outside the blocks, with its own parameters loaded."""
+        own = [f"{name}.{leaf}" for leaf, _ in self._model.get_submodule(name).named_parameters()]
+        for parameter in own:
+            self._load(parameter)
+        try:
+            yield self._model.get_submodule(name)
+        finally:
+            for parameter in own:
+                self._unload(parameter)
+
+    def outer_names(self) -> tuple[str, ...]:
+        """Graph parameters and buffers outside the blocks."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return tuple(name for name in self._empty if not name.startswith(blocks))
+
+    def wide_block(self, index: int, source: TensorSource | None = None) -> nn.Module:
+        """A float32 copy of block `index`, float64 where the source is. The caller's to keep.
+
+        source: where to read instead; that is the untransformed model, without online transforms.
+        """
+        prefix = self.block_names[index]
+        module = deepcopy(self._blocks[index])
+        for name in self._online if source is not None else ():
+            if name.startswith(f"{prefix}."):
+                module.get_submodule(name.removeprefix(f"{prefix}."))._forward_pre_hooks.clear()
+        read = (source or self._source).read
+        for name in self._names_under(prefix):
+            readable = self._readable[name]
+            if readable is None or not self._empty[name].is_floating_point():
+                continue
+            value = self.names.assemble(readable, read)
+            wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+            put_tensor(module, name.removeprefix(f"{prefix}."), value.to(self.device, wide))
+        return module
 
     def block_sources(self, index: int) -> tuple[str, ...]:
         """Source tensors of block `index`."""

@@ -194,7 +194,7 @@ def _watch_norms(
                 return
             if output.shape[-1] != width:
                 return
-            kind = _norm_kind(module, args[0], output)
+            kind = norm_kind(module, args[0], output)
             has_bias = getattr(module, "bias", None) is not None
             norm = Norm(name, kind, has_bias, _eps(module))
             traces.append(_NormTrace(norm, output, output._version))
@@ -215,7 +215,7 @@ def _eps(module: nn.Module) -> float:
     return 0.0
 
 
-def _norm_kind(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> NormKind | None:
+def norm_kind(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> NormKind | None:
     """The kind whose formula gives `output` to 1e-5, or to what its dtype resolves."""
     weight = module.get_parameter("weight").double()
     has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)

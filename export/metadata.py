@@ -4,12 +4,17 @@
 and, under `tensors`, only what differs from it, by source module name or `re:` pattern:
 
     {"quant_method": "fewbit", "version": 1, "recipe": "w4a16",
-     "default": {"terms": [{"format": "int_group", "bits": 4, "group": 128, ...}]},
-     "tensors": {"model.layers.3.mlp.down_proj": {"columns": 700}}}
+     "default": {"terms": [{"format": "int_group", "bits": 4, "group": 128, ...}],
+                 "activation": {"format": "int8_token"}},
+     "tensors": {"model.layers.3.mlp.down_proj": {"columns": 700}},
+     "kv": {"key": {"format": "int4_head"}, "value": {"format": "int4_head"}, ...}}
 
     terms       formats and options, in order of summation
     columns     K, where padding hides it (without it K is what the parts hold)
     transposed  the graph wants [.., K, N]
+    activation  format that inputs are rounded to; without it they stay as they are
+    input       transforms of inputs at run time, in order: {"op": "hadamard", "order": .., "seed": ..}
+    kv          how keys and values are cached; without it, as the model computes them
 
 *Which* modules are quantized is not listed: those whose parts are in the files. More than 1,000
 exceptions move to the manifest; `exceptions_in_manifest` then says how many, so that a lost manifest
@@ -30,8 +35,11 @@ from typing import Any
 
 import google_crc32c
 
-from ..quant.errors import CheckpointError, FewbitError
+from ..quant.activation import find_activation
+from ..quant.errors import CheckpointError, FewbitError, RecipeError
 from ..quant.format import find_format, parse_options
+from ..quant.hadamard import Hadamard
+from ..quant.kv_policy import KVPolicy, parse_kv
 
 VERSION = 1
 MANIFEST = "fewbit.json"
@@ -41,11 +49,16 @@ _CHECKSUM_KEY = b',\n"crc32c": "'
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """How one quantized module is stored: terms as (format name, options); K if padding hides it."""
+    """How one quantized module is stored: terms as (format name, options); K if padding hides it.
+
+    activation: name of the format that its inputs are rounded to. inputs: transforms before that.
+    """
 
     terms: tuple[tuple[str, Any], ...]
     columns: int | None = None
     transposed: bool = False
+    activation: str | None = None
+    inputs: tuple[Hadamard, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; keys at their default are left out."""
@@ -56,26 +69,39 @@ class ModuleSpec:
             entry["columns"] = self.columns
         if self.transposed:
             entry["transposed"] = True
+        if self.activation is not None:
+            entry["activation"] = {"format": self.activation}
+        if self.inputs:
+            entry["input"] = [turn.to_json() for turn in self.inputs]
         return entry
 
 
-def build_quantization_config(recipe: str, modules: Mapping[str, ModuleSpec]) -> dict[str, Any]:
-    """The smallest config that resolves to `modules` (source module name -> spec)."""
+def build_quantization_config(
+    recipe: str, modules: Mapping[str, ModuleSpec], kv: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The smallest config that resolves to `modules` (source module name -> spec).
+
+    kv: the cache policy in its JSON form.
+    """
     entries = {name: spec.to_json() for name, spec in modules.items()}
-    default = _most_common(entry["terms"] for entry in entries.values())
+    terms = _most_common(entry["terms"] for entry in entries.values()) or []
+    activation = _most_common(entry.get("activation") for entry in entries.values())
+    default = {"terms": terms} | ({"activation": activation} if activation else {})
     exceptions = {}
     for name, entry in entries.items():
-        if entry["terms"] == default:
-            entry = {key: value for key, value in entry.items() if key != "terms"}
-        if entry:
-            exceptions[name] = entry
-    return {
+        if activation and "activation" not in entry:
+            entry["activation"] = None
+        differing = {key: value for key, value in entry.items() if default.get(key, ()) != value}
+        if differing:
+            exceptions[name] = differing
+    config = {
         "quant_method": "fewbit",
         "version": VERSION,
         "recipe": recipe,
-        "default": {"terms": default},
+        "default": default,
         "tensors": _fold_layers(exceptions, list(entries)),
     }
+    return config | ({"kv": dict(kv)} if kv else {})
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -83,7 +109,7 @@ def _most_common(values: Iterable[Any]) -> Any:
     for value in values:
         text = json.dumps(value, sort_keys=True)
         counts[text] = counts.get(text, 0) + 1
-    return json.loads(max(counts, key=lambda text: counts[text])) if counts else []
+    return json.loads(max(counts, key=lambda text: counts[text])) if counts else None
 
 
 def _fold_layers(exceptions: dict[str, Any], names: list[str]) -> dict[str, Any]:
@@ -113,6 +139,7 @@ class QuantizationConfig:
     default: ModuleSpec
     exact: Mapping[str, ModuleSpec]
     patterns: tuple[tuple[re.Pattern[str], ModuleSpec], ...]
+    kv: KVPolicy | None = None
 
     def spec_for(self, module: str) -> ModuleSpec:
         """The spec of a quantized source module."""
@@ -125,7 +152,7 @@ class QuantizationConfig:
 
 
 _CONFIG_KEYS = {
-    "quant_method", "version", "recipe", "default", "tensors", "exceptions_in_manifest",
+    "quant_method", "version", "recipe", "default", "tensors", "exceptions_in_manifest", "kv",
 }  # fmt: skip
 
 
@@ -155,16 +182,28 @@ def parse_quantization_config(
             f"{where}: {moved!r} exceptions lie in {MANIFEST}, {len(more or {})} were found there; "
             f"fetch the checkpoint again, with its {MANIFEST}"
         )
-    default = _module_spec(where, "default", config.get("default"), ())
+    default = _module_spec(where, "default", config.get("default"), ModuleSpec(()))
     exact: dict[str, ModuleSpec] = {}
     patterns = []
     for name, entry in {**_tensors(where, config.get("tensors", {})), **(more or {})}.items():
-        spec = _module_spec(where, name, entry, default.terms)
+        spec = _module_spec(where, name, entry, default)
         if name.startswith("re:"):
             patterns.append((_compiled(where, name[3:]), spec))
         else:
             exact[name] = spec
-    return QuantizationConfig(str(config.get("recipe")), default, exact, tuple(patterns))
+    kv = _kv(where, config.get("kv"))
+    return QuantizationConfig(str(config.get("recipe")), default, exact, tuple(patterns), kv)
+
+
+def _kv(where: str, tree: Any) -> KVPolicy | None:
+    if tree is None:
+        return None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{where}: kv must be an object, got {tree!r:.80}")
+    try:
+        return parse_kv(tree, "kv")
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {error}; a newer fewbit may know it") from error
 
 
 def _tensors(where: str, value: Any) -> dict[str, Any]:
@@ -180,21 +219,47 @@ def _compiled(where: str, pattern: str) -> re.Pattern[str]:
         raise CheckpointError(f"{where}: bad pattern {pattern!r}: {error}") from error
 
 
-def _module_spec(
-    where: str, name: str, entry: Any, default: tuple[tuple[str, Any], ...]
-) -> ModuleSpec:
-    if not isinstance(entry, dict) or not entry.keys() <= {"terms", "columns", "transposed"}:
+_SPEC_KEYS = {"terms", "columns", "transposed", "activation", "input"}
+
+
+def _module_spec(where: str, name: str, entry: Any, default: ModuleSpec) -> ModuleSpec:
+    if not isinstance(entry, dict) or not entry.keys() <= _SPEC_KEYS:
         raise CheckpointError(
-            f"{where}: {name}: expected an object with terms, columns, transposed; "
+            f"{where}: {name}: expected an object with {', '.join(sorted(_SPEC_KEYS))}; "
             f"got {entry!r:.120}"
         )
     columns, transposed = entry.get("columns"), entry.get("transposed", False)
     whole = isinstance(columns, int) and not isinstance(columns, bool) and columns > 0
     if not isinstance(transposed, bool) or not (columns is None or whole):
         raise CheckpointError(f"{where}: {name}: bad columns {columns!r} or {transposed!r}")
-    if "terms" not in entry:
-        return ModuleSpec(default, columns, transposed)
-    return ModuleSpec(_terms(where, name, entry["terms"]), columns, transposed)
+    return ModuleSpec(
+        _terms(where, name, entry["terms"]) if "terms" in entry else default.terms,
+        columns,
+        transposed,
+        _activation(where, name, entry["activation"]) if "activation" in entry else
+        default.activation,
+        _inputs(where, name, entry["input"]) if "input" in entry else default.inputs,
+    )  # fmt: skip
+
+
+def _activation(where: str, name: str, entry: Any) -> str | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or entry.keys() != {"format"}:
+        raise CheckpointError(f"{where}: {name}: activation must be a format, got {entry!r:.80}")
+    try:
+        return find_activation(str(entry["format"])).name
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {name}: {error}; a newer fewbit may know it") from error
+
+
+def _inputs(where: str, name: str, entries: Any) -> tuple[Hadamard, ...]:
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{where}: {name}: input must be a list, got {entries!r:.80}")
+    try:
+        return tuple(Hadamard.parse(entry) for entry in entries)
+    except FewbitError as error:
+        raise CheckpointError(f"{where}: {name}: {error}; a newer fewbit may know it") from error
 
 
 def _terms(where: str, name: str, terms: Any) -> tuple[tuple[str, Any], ...]:

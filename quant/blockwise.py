@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..calibrate.collect import Operand, Stage, operands, stages
+from ..calibrate.edits import Edit
 from ..calibrate.matrices import expert_key
 from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.protocol import Stats
@@ -36,6 +37,7 @@ from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
 from .preflight import RESIDENT_BYTES, hidden_bytes
+from .transform import BlockFacts, EditStore, check_block, transform_block
 from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, weight_error
 
 BATCH_TOKENS = 4096
@@ -49,7 +51,9 @@ class BlockwiseUnits(UnitSource):
     def __init__(self, job: Job) -> None:
         self._job = job
         dtype = calibration_dtype(job.device, job.checkpoint.dtype)
-        self._graph = ModelGraph(job.checkpoint.config, job.checkpoint, dtype, job.device)
+        model = job.model
+        self._graph = ModelGraph(model.config, model.source, dtype, job.device, model.online)
+        self._store = EditStore(job.out)
         self._needs = {n for item in job.passes for n in item.step.needs(item.options)}
         self._inputs: list[BlockInput] | None = None
         self._originals: list[BlockInput] = []  # the same in the original model, if asked for
@@ -57,12 +61,12 @@ class BlockwiseUnits(UnitSource):
         outer = list(self._graph.outer_sources())
         self._refuse_outer(outer)
         self.members = [(f"outside the blocks {i + 1}", keys) for i, keys in
-                        enumerate(split_by_bytes(outer, job.checkpoint.tensors))]  # fmt: skip
+                        enumerate(split_by_bytes(outer, model.source.tensors))]  # fmt: skip
         self._first = len(self.members)
         self.members += list(zip(self._graph.block_names, blocks, strict=True))
         carried = list(self._graph.carried_sources())
         self.members += [(f"carried {i + 1}", keys) for i, keys in
-                         enumerate(split_by_bytes(carried, job.checkpoint.tensors))]  # fmt: skip
+                         enumerate(split_by_bytes(carried, model.source.tensors))]  # fmt: skip
 
     def _refuse_outer(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -104,14 +108,40 @@ class BlockwiseUnits(UnitSource):
             inputs += found
         return inputs
 
-    def _streams(self, block: int) -> tuple[Stream, Stream | None]:
-        """The block in the graph, and a twin that keeps its weights if drift is measured."""
+    def _streams(
+        self, block: int, edits: Sequence[Edit] | None = None
+    ) -> tuple[Stream, Stream | None]:
+        """The transformed block in the graph, and a twin that keeps its weights if drift is measured.
+
+        edits: of the block's own transforms, if an earlier run has found them.
+        """
         inputs = self._hidden()
         module = self._graph.materialize(block)
+        if edits is None:
+            module = self._transform(block, inputs)
+        elif edits:
+            self._job.model.source.add(edits)
+            module = self._graph.materialize(block)
         original = None
         if self._originals:
             original = Stream(self._graph, block, deepcopy(module), self._originals)
         return Stream(self._graph, block, module, inputs), original
+
+    def _transform(self, block: int, inputs: list[BlockInput]) -> torch.nn.Module:
+        """Run and check the block's transforms; the module with its weights as they are then."""
+        job, graph = self._job, self._graph
+        check_block(graph, block, job.checkpoint, job.model, inputs, job.model_passes)
+        rules = {
+            key: (rule.format, rule.options)
+            for key in graph.block_sources(block)
+            if (rule := job.plan[key].rule) is not None
+        }
+        facts = BlockFacts(rules, job.recipe.activation, job.recipe.kv, job.seed)
+        source, edges = job.model.source, job.model.edges
+        edits = transform_block(graph, block, inputs, source, job.transforms, edges, facts)
+        if job.transforms:
+            self._store.save(graph.block_names[block], edits)
+        return graph.block(block)
 
     # -- UnitSource -----------------------------------------------------------------------------
 
@@ -120,7 +150,8 @@ class BlockwiseUnits(UnitSource):
         block = self._block_index(index)
         if block is None:
             return
-        quantized, original = self._streams(block)
+        edits = self._store.load(self.members[index][0]) if self._job.transforms else []
+        quantized, original = self._streams(block, edits)
         for key in self.members[index][1]:
             tensor = self._job.plan[key]
             if tensor.rule is not None:
@@ -240,7 +271,7 @@ class BlockwiseUnits(UnitSource):
 
     def _weight(self, key: str, stage: Stage) -> Weight:
         tensor = self._job.plan[key]
-        value = self._job.checkpoint.read(key).to(self._job.device)
+        value = self._job.model.source.read(key).to(self._job.device)
         weight = make_weight(tensor, value.mT if tensor.transposed else value)
         slot = self._graph.names.slot(key)
         if slot is None:

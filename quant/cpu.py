@@ -18,7 +18,7 @@ not; hence their limit. Up to M = 32 they still beat decoding the weight at ever
 they stay eligible, at their estimated time, for when `dense_cached` has no memory left.
 
 `DENIED_OPS` lists operators that look right for the job and run plain scalar code on x86.
-Nothing here quantizes activations.
+Nothing here rounds inputs: dense products get them rounded, `cpu_int8.py` multiplies integers.
 """
 
 import os
@@ -96,7 +96,7 @@ class DenseBudget:
             room = self.room()
             if n_bytes > room:
                 raise NoKernelError(
-                    f"dense_cached: a decoded weight of {n_bytes} bytes does not fit the "
+                    f"a decoded weight of {n_bytes} bytes does not fit the "
                     f"{room} bytes left; use dense_chunked"
                 )
             self.held += n_bytes
@@ -140,7 +140,8 @@ DENSE_BUDGET = DenseBudget(available_memory)
 # ---- refusals -------------------------------------------------------------------------------
 
 
-def _off_cpu(problem: Problem) -> Iterator[Reason]:
+def off_cpu(problem: Problem) -> Iterator[Reason]:
+    """The reason against another device, if it is one."""
     if problem.device != "cpu":
         yield Reason(
             "ARCH", f"runs on the CPU, got {problem.device}", "use a kernel of that device"
@@ -149,7 +150,7 @@ def _off_cpu(problem: Problem) -> Iterator[Reason]:
 
 def _not_packable(problem: Problem, dtypes_text: str) -> Iterator[Reason]:
     """Conditions that int4pack and int8pack share."""
-    yield from _off_cpu(problem)
+    yield from off_cpu(problem)
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512"):
         yield Reason("ARCH", f"needs AVX2 or AVX-512, got {capability}", "use dense_cached")
@@ -167,6 +168,12 @@ def _not_packable(problem: Problem, dtypes_text: str) -> Iterator[Reason]:
         )
     if problem.n_terms != 1:
         yield Reason("TERMS", f"holds one term, got {problem.n_terms}", "use dense_cached")
+    if problem.activation is not None:
+        yield Reason(
+            "ACTIVATION",
+            f"is for inputs that are not rounded, got activation = {problem.activation}",
+            "integer kernels round inputs themselves, dense_cached takes them rounded",
+        )
 
 
 def _refuse_int4(problem: Problem) -> tuple[Reason, ...]:
@@ -212,22 +219,23 @@ def _refuse_int8(problem: Problem) -> tuple[Reason, ...]:
 
 
 def _refuse_cached(problem: Problem) -> tuple[Reason, ...]:
-    reasons = list(_off_cpu(problem))
-    needed, room = _dense_bytes(problem), DENSE_BUDGET.room()
+    return (*off_cpu(problem), *no_room(_dense_bytes(problem)))
+
+
+def no_room(needed: int) -> Iterator[Reason]:
+    """The reason against keeping a decoded weight of `needed` bytes, if the budget is used up."""
+    room = DENSE_BUDGET.room()
     if needed > room:
-        reasons.append(
-            Reason(
-                "MEMORY",
-                f"needs {needed >> 20} MiB for the decoded weight, {room >> 20} MiB are left of a "
-                f"budget of half the free memory",
-                "free memory, or accept dense_chunked",
-            )
+        yield Reason(
+            "MEMORY",
+            f"needs {needed >> 20} MiB for the decoded weight, {room >> 20} MiB are left of a "
+            f"budget of half the free memory",
+            "free memory, or accept dense_chunked",
         )
-    return tuple(reasons)
 
 
 def _refuse_chunked(problem: Problem) -> tuple[Reason, ...]:
-    return tuple(_off_cpu(problem))
+    return tuple(off_cpu(problem))
 
 
 def _foreign(problem: Problem) -> Reason:

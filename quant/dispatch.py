@@ -9,20 +9,24 @@ A `Runner` belongs to one weight and remembers its choices: the environment is r
 asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
 dictionary lookup. One layout serves all buckets of a kernel.
 
+Inputs rounded to an activation format: an `IntegerKernel` rounds x itself; any other kernel gets
+x̂, so that every choice computes the same function. Transforms of the input come before that.
+
 Deliberately not here: measured tables. Ranking is by estimate only.
 """
 
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 
-from . import cpu, reference
+from . import cpu, cpu_int8, reference
+from .activation import IntegerKernel, find_activation
 from .errors import NoKernelError, nearest_name
 from .kernel import Kernel, Problem, Reason
 from .packed import PackedTensor
@@ -37,7 +41,8 @@ _FORCE = "FEWBIT_KERNEL"
 def kernels() -> Mapping[str, Kernel]:
     """Every kernel by name: torch's CPU operators, the reference, the kernel packages, and the
     entry-point group `fewbit.kernels`."""
-    found: dict[str, Kernel] = {kernel.name: kernel for kernel in (*cpu.KERNELS, reference.KERNEL)}
+    ours = (*cpu.KERNELS, *cpu_int8.KERNELS, reference.KERNEL)
+    found: dict[str, Kernel] = {kernel.name: kernel for kernel in ours}
     folders = (("fewbit.kernels_triton", ""), ("fewbit.kernels_cuda", "fewbit.kernels"))
     for package, group in folders:
         for name, kernel in discover(package, "KERNEL", group).items():
@@ -52,8 +57,10 @@ def m_bucket(m: int) -> int:
     return M_BUCKETS[min(bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
 
 
-def problem_of(packed: PackedTensor, m: int, dtype: torch.dtype, device: str) -> Problem:
-    """The problem that m rows of `dtype` pose to a weight [N, K]."""
+def problem_of(
+    packed: PackedTensor, m: int, dtype: torch.dtype, device: str, activation: str | None = None
+) -> Problem:
+    """The problem that m rows of `dtype`, rounded to `activation`, pose to a weight [N, K]."""
     first = packed.terms[0]
     n, k = packed.shape[-2:]
     return Problem(
@@ -65,6 +72,7 @@ def problem_of(packed: PackedTensor, m: int, dtype: torch.dtype, device: str) ->
         k=k,
         dtype=dtype,
         device=device,
+        activation=activation,
     )
 
 
@@ -80,9 +88,10 @@ class Explanation:
     forced: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: problem, chosen, forced, eligible, refused."""
+        """JSON form: problem, activation, chosen, forced, eligible, refused."""
         return {
             "problem": str(self.problem),
+            "activation": self.problem.activation,
             "chosen": self.chosen,
             "forced": self.forced,
             "eligible": [{"kernel": name, "seconds": seconds} for name, seconds in self.eligible],
@@ -173,13 +182,30 @@ def _warn_fallback(weight_format: str, device: str) -> None:
     )
 
 
-_Plan = tuple[Callable[[torch.Tensor, Any], torch.Tensor], Any]
+_Launch = Callable[[torch.Tensor, Any], torch.Tensor]
+_Plan = tuple[_Launch, Any]
+
+
+class InputTransform(Protocol):
+    """What happens to x before it is rounded, such as a rotation that is folded into the weight."""
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] of any floating dtype -> the same shape and dtype, differentiable."""
+        ...
 
 
 class Runner:
-    """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text."""
+    """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text.
 
-    def __init__(self, packed: PackedTensor) -> None:
+    activation: name of the format that x is rounded to. inputs: transforms of x before that.
+    """
+
+    def __init__(
+        self,
+        packed: PackedTensor,
+        activation: str | None = None,
+        inputs: Sequence[InputTransform] = (),
+    ) -> None:
         if len(packed.shape) != 2:
             raise NoKernelError(
                 f"a product needs a weight [N, K], got {list(packed.shape)}; "
@@ -187,13 +213,17 @@ class Runner:
             )
         self.packed = packed
         self.n, self.k = packed.shape
+        self.activation = activation
+        self.inputs = tuple(inputs)
         self._layouts: dict[tuple[str, torch.dtype], Any] = {}
         self._plans: dict[tuple[int, torch.dtype, torch.device], _Plan] = {}
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> y [..., N] in the dtype of x; differentiable in x (by `reference`)."""
+        for transform in self.inputs:
+            x = transform.apply(x)
         if x.requires_grad and torch.is_grad_enabled():
-            return reference.linear(x, self.packed)
+            return reference.linear(x, self.packed, self.activation)
         rows = x.reshape(-1, self.k)
         m = rows.shape[0]
         if m == 0:
@@ -209,7 +239,7 @@ class Runner:
     def explain(self, m: int, dtype: torch.dtype, device: str) -> Explanation:
         """What would run for m rows, and why; the environment's choice included."""
         ready = frozenset(name for name, prepared in self._layouts if prepared == dtype)
-        problem = problem_of(self.packed, m, dtype, device)
+        problem = problem_of(self.packed, m, dtype, device, self.activation)
         return explain(problem, forced=forced_kernel(), prepared=ready)
 
     def _plan(self, m: int, x: torch.Tensor) -> _Plan:
@@ -221,4 +251,18 @@ class Runner:
         if key not in self._layouts:
             with torch.no_grad():
                 self._layouts[key] = kernel.prepare(self.packed, x.dtype)
-        return kernel.launch, self._layouts[key]
+        return _launch(kernel, self.activation), self._layouts[key]
+
+
+def _launch(kernel: Kernel, activation: str | None) -> _Launch:
+    """The kernel's launch, after rounding x where the kernel does not do it."""
+    if activation is None or isinstance(kernel, IntegerKernel):
+        return kernel.launch
+    if kernel.name == "reference":
+        return partial(reference.linear, activation=activation)
+    rounding = find_activation(activation)
+
+    def rounded(x: torch.Tensor, layout: Any) -> torch.Tensor:
+        return kernel.launch(rounding.round(x).decode(x.dtype), layout)
+
+    return rounded

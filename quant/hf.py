@@ -8,7 +8,8 @@ Order in which the library calls the quantizer, and what is done at each step:
     tensors loaded               dense tensors only: the parts of packed weights are hidden from the
                                  library, which would spend a compiled pattern on each of them
     weights tied, eval           after_weight_loading: parts are mapped from the files into the
-                                 holders, not copied, and checked; what no holder fits is decoded
+                                 holders, not copied, and checked; what no holder fits is decoded;
+                                 the KV policy is installed, so that plain `generate()` follows it
     save_pretrained              parts are ordinary buffers by then, and are written bit for bit
                                  under their names in the source; checksums go into the headers
 
@@ -49,6 +50,8 @@ from ..export.safetensors_file import map_entries
 from .errors import CheckpointError
 from .format import dequantize
 from .hub import fetch_manifest
+from .kv_install import install
+from .kv_policy import parse_kv
 from .linear import PackedModule
 from .placement import Placement, place, set_tied
 from .stored import METHOD, StoredCheckpoint, describe
@@ -185,6 +188,8 @@ class FewbitQuantizer(HfQuantizer):
         _restore_dtypes(model, self._dtypes)
         _keep_names(model, self._plan)
         self._stored = self._plan = None
+        if "kv" in self.quantization_config.__dict__:
+            install(model, parse_kv(self.quantization_config.kv, "kv"))
         return model
 
     def get_state_dict_and_metadata(

@@ -66,6 +66,7 @@ class Inspection:
             f"    quantized       {self.quantized_bytes:,d} ({self.quantized_bytes / total:.1%})",
             f"    unquantized     {rest:,d} ({rest / total:.1%})",
             f"    headers         {self.header_bytes:,d}",
+            f"  KV cache          {_kv_text(self.kv)}",
             f"  verified          {'every checksum and shape' if self.verified else 'no'}",
         ]
         return "\n".join([*lines, *self._format_lines()])
@@ -125,6 +126,13 @@ def _facts(stored: StoredCheckpoint) -> dict[str, TensorFacts]:
         bits = float(8 * entry.dtype.itemsize)
         found[name] = TensorFacts((dtype,), entry.shape, bits, n_bytes, False)
     return found
+
+
+def _kv_text(kv: Mapping[str, Any] | None) -> str:
+    if kv is None:
+        return "as the model computes it"
+    key, value = (kv[name]["format"] for name in ("key", "value"))
+    return f"keys {key}, values {value}, newest {kv['residual']} and first {kv['sink']} dense"
 
 
 def _bytes_of(members: list[TensorFacts]) -> int:

@@ -5,21 +5,22 @@ FusedExperts   replaces a 3-D expert parameter [E, N, K] (or [E, K, N]) stored a
 ExpertView     replaces the same parameter when the source stores one matrix per expert: it looks
                at `QuantLinear` children of the experts module, concatenated along N.
 
-The stored parts are persistent buffers under their checkpoint names (`codes`, `scale_group`,
-`term1.codes`, ...), so `state_dict` is the checkpoint. They keep their stored dtype whatever
-`.to(dtype)` says; the bias follows the dtype. Kernel layouts are derived at first use, are no part
-of the state, and are dropped when a buffer is replaced, moved or written to.
+How stored parts live and move is said in `packed_module.py`; the bias follows the dtype.
+
+Inputs. y = round(x · Q) · Ŵᵀ: `inputs` are transforms Q of x (rotations that are folded into Ŵ), then
+x is rounded to the `activation` format. Gradients pass Q as it is and rounding straight through.
 
 Model code keeps its own forward: `experts.gate_up_proj[e]` gives a `PackedWeight`, which torch's
 `linear` and `matmul` hand to the dispatcher, and which any other torch function sees as the decoded
 tensor. Code that wants the whole stack at once (grouped products) gets it decoded, which is correct
-and costs its full size: choose the eager expert loop instead.
+and costs its full size: choose the eager expert loop instead. There inputs are not rounded. Where
+they would have to be transformed, the decoded weight is refused instead of multiplied by x as it is.
 
 Weights are not trained here; gradients reach the inputs only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,156 +28,28 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from . import reference
-from .dispatch import Runner
+from .dispatch import InputTransform, Runner
 from .errors import FormatError
-from .format import PartSpec, find_format
-from .packed import PackedTensor, Term
-
-Terms = Sequence[tuple[str, Any]]  # (format name, its options) of each summand
+from .packed import PackedTensor
+from .packed_module import PackedModule, Terms
 
 
-class PackedModule(nn.Module):
-    """Buffers of one `PackedTensor`, and the rules by which they move. Base of the holders below.
+class SharedProduct(Protocol):
+    """A product that a layer has in common with others; see `fused.py`."""
 
-    shape: logical [N, K] or [E, N, K]. transposed: the graph wants [.., K, N].
-    dtype: of bias and of the decoded weight. device: "meta" leaves the buffers empty.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        terms: Terms,
-        dtype: torch.dtype,
-        device: torch.device | str | None = None,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.logical_shape = tuple(shape)
-        self.terms = tuple(terms)
-        self.dtype = dtype
-        self.transposed = transposed
-        self._runners: list[Runner] = []
-        self._stamp: list[int] = []
-        self._part_names: list[tuple[str, ...]] = []
-        for index, (name, options) in enumerate(self.terms):
-            holder = self if index == 0 else nn.Module()
-            specs = find_format(name).part_specs(self.logical_shape, options)
-            self._part_names.append(tuple(specs))
-            for part, spec in specs.items():
-                empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-                holder.register_buffer(part, empty)
-            if index:
-                self.add_module(f"term{index}", holder)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape as the model graph sees it: the last two axes swapped if `transposed`."""
-        *lead, n, k = self.logical_shape
-        return torch.Size((*lead, k, n) if self.transposed else (*lead, n, k))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the stored parts."""
-        return next(self._parts())[2].device
-
-    @property
-    def packed(self) -> PackedTensor:
-        """The weight as stored. FormatError if a buffer was given another dtype or shape."""
-        found: list[dict[str, torch.Tensor]] = [{} for _ in self.terms]
-        for index, part, tensor in self._parts():
-            found[index][part] = tensor
-        terms = []
-        for (name, options), parts in zip(self.terms, found, strict=True):
-            specs = find_format(name).part_specs(self.logical_shape, options)
-            for part, spec in specs.items():
-                _check_part(f"{name}.{part}", parts[part], spec)
-            terms.append(Term(name, options, parts))
-        return PackedTensor(self.logical_shape, tuple(terms), self.transposed)
-
-    def fill(self, packed: PackedTensor) -> None:
-        """Take the parts of `packed` as buffers, without a copy."""
-        for index, term in enumerate(packed.terms):
-            holder = self if index == 0 else self.get_submodule(f"term{index}")
-            for part, tensor in term.parts.items():
-                holder.register_buffer(part, tensor)
-
-    def dense(self) -> torch.Tensor:
-        """The decoded weight in `dtype`, as the model graph sees it (see `shape`)."""
-        weight = reference.dense(self.packed, self.dtype)
-        return weight.transpose(-1, -2) if self.transposed else weight
-
-    def runners(self) -> list[Runner]:
-        """One runner, or one for each expert; made anew after a buffer changed."""
-        stamp = self._state_stamp()
-        if stamp != self._stamp or not self._runners:
-            self._runners = [Runner(matrix) for matrix in _matrices(self.packed)]
-            self._stamp = stamp
-        return self._runners
-
-    def _parts(self) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """(term, part, stored tensor)."""
-        for index, names in enumerate(self._part_names):
-            holder = self if index == 0 else self._modules[f"term{index}"]
-            for part in names:
-                yield index, part, holder._buffers[part]  # type: ignore[union-attr, misc]
-
-    def _state_stamp(self) -> list[int]:
-        """Identity and version of every buffer; runners keep the tensors, so identities last."""
-        stamp: list[int] = []
-        for _, _, tensor in self._parts():
-            stamp += (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        return stamp
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """`.to`, `.half`, `.cuda`: stored parts follow the device only."""
-        stored = {id(tensor) for _, _, tensor in self._parts()}
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if id(tensor) in stored and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._runners = []
-        return super()._apply(move, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without runners: layouts are derived again where the copy is used."""
-        return {**self.__dict__, "_runners": [], "_stamp": []}
-
-    def extra_repr(self) -> str:
-        """Shape and formats, for `print(model)`."""
-        formats = " + ".join(f"{name}({options})" for name, options in self.terms)
-        return f"{list(self.logical_shape)}, {formats}, dtype={self.dtype}"
-
-
-def _check_part(name: str, tensor: torch.Tensor, spec: PartSpec) -> None:
-    found = PartSpec(tensor.dtype, tuple(tensor.shape))
-    if found != spec:
-        raise FormatError(
-            f"{name} must be {spec.dtype} {list(spec.shape)}, got {found.dtype} "
-            f"{list(found.shape)}; load stored parts without casting them"
-        )
-
-
-def _matrices(packed: PackedTensor) -> Iterator[PackedTensor]:
-    """The weight itself if it is [N, K], else each expert of [E, N, K]."""
-    if len(packed.shape) == 2:
-        yield packed
-        return
-    for expert in range(packed.shape[0]):
-        terms = tuple(
-            Term(term.format, term.options, {part: t[expert] for part, t in term.parts.items()})
-            for term in packed.terms
-        )
-        yield PackedTensor(packed.shape[1:], terms, packed.transposed)
+    def product(self, layer: "QuantLinear", x: torch.Tensor) -> torch.Tensor | None:
+        """x · Ŵᵀ of this layer; None if the layer shall do it alone."""
+        ...
 
 
 class QuantLinear(PackedModule):
-    """y = x · Ŵᵀ + bias with a packed weight [N, K]."""
+    """y = round(x · Q) · Ŵᵀ + bias with a packed weight [N, K]; see the module's text.
+
+    shared: a product together with other layers that get the same x, or None.
+    """
 
     bias: nn.Parameter | None
+    shared: SharedProduct | None = None
 
     def __init__(
         self,
@@ -186,10 +59,12 @@ class QuantLinear(PackedModule):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         transposed: bool = False,
+        activation: str | None = None,
+        inputs: Sequence[InputTransform] = (),
     ) -> None:
         if len(shape) != 2:
             raise FormatError(f"a linear layer holds a weight [N, K], got {list(shape)}")
-        super().__init__(shape, terms, dtype, device, transposed)
+        super().__init__(shape, terms, dtype, device, transposed, activation, inputs)
         self.out_features, self.in_features = self.logical_shape
         empty = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
         value = None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -197,11 +72,17 @@ class QuantLinear(PackedModule):
 
     @classmethod
     def from_packed(
-        cls, packed: PackedTensor, bias: torch.Tensor | None, dtype: torch.dtype
+        cls,
+        packed: PackedTensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        activation: str | None = None,
+        inputs: Sequence[InputTransform] = (),
     ) -> "QuantLinear":
         """A layer that holds the parts of `packed` (no copy) and `bias` [N] in `dtype`."""
         terms = [(term.format, term.options) for term in packed.terms]
-        layer = cls(packed.shape, terms, bias is not None, dtype, "meta", packed.transposed)
+        turned, with_bias = packed.transposed, bias is not None
+        layer = cls(packed.shape, terms, with_bias, dtype, "meta", turned, activation, inputs)
         layer.fill(packed)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
@@ -209,13 +90,19 @@ class QuantLinear(PackedModule):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded weight in `dtype`, decoded anew at every access."""
+        """The decoded weight in `dtype`, decoded anew at every access; see `dense`."""
         return self.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> y [..., N] in the dtype of x."""
-        y = self.runners()[0].linear(x)
+        y = None if self.shared is None else self.shared.product(self, x)
+        if y is None:
+            y = self.runners()[0].linear(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the shared product: a copy multiplies alone until it is fused again."""
+        return {**super().__getstate__(), "shared": None}
 
 
 class PackedWeight:
@@ -232,6 +119,11 @@ class PackedWeight:
         self._runners = runners
         self._transposed = transposed
         self.dtype = dtype
+
+    @property
+    def inputs(self) -> tuple[InputTransform, ...]:
+        """Transforms of what the matrix is multiplied by."""
+        return self._runners[0].inputs
 
     @property
     def shape(self) -> torch.Size:
@@ -287,9 +179,20 @@ def _decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """`func` with every packed argument replaced by its decoded tensor."""
 
     def open_up(value: Any) -> Any:
-        return value.dense() if isinstance(value, PackedWeight | _Experts) else value
+        if not isinstance(value, PackedWeight | _Experts):
+            return value
+        _refuse_transformed(value.inputs)
+        return value.dense()
 
     return func(*tree_map(open_up, args), **tree_map(open_up, kwargs))
+
+
+def _refuse_transformed(inputs: Sequence[InputTransform]) -> None:
+    if inputs:
+        raise FormatError(
+            f"this weight belongs to inputs transformed by {list(inputs)}: only linear(x, W) and "
+            f"x @ W of one expert at a time apply it; choose the eager expert loop"
+        )
 
 
 def _linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Any:
@@ -325,6 +228,7 @@ class _Experts:
     requires_grad = False
     ndim = 3
     n_experts: int
+    inputs: tuple[InputTransform, ...]
     expert: Callable[[int], PackedWeight]
     dense: Callable[[], torch.Tensor]
 
@@ -337,6 +241,7 @@ class _Experts:
         if isinstance(index, slice):
             index = torch.arange(self.n_experts)[index]
         if isinstance(index, torch.Tensor) and index.dim():
+            _refuse_transformed(self.inputs)
             wanted, place = index.unique(return_inverse=True)
             return torch.stack([self[e].dense() for e in wanted])[place]
         e = int(index)
@@ -366,17 +271,26 @@ class FusedExperts(PackedModule, _Experts):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         transposed: bool = False,
+        activation: str | None = None,
+        inputs: Sequence[InputTransform] = (),
     ) -> None:
         if len(shape) != 3:
             raise FormatError(f"stacked experts hold a weight [E, N, K], got {list(shape)}")
-        super().__init__(shape, terms, dtype, device, transposed)
+        super().__init__(shape, terms, dtype, device, transposed, activation, inputs)
         self.n_experts = self.logical_shape[0]
 
     @classmethod
-    def from_packed(cls, packed: PackedTensor, dtype: torch.dtype) -> "FusedExperts":
+    def from_packed(
+        cls,
+        packed: PackedTensor,
+        dtype: torch.dtype,
+        activation: str | None = None,
+        inputs: Sequence[InputTransform] = (),
+    ) -> "FusedExperts":
         """Holder of the parts of `packed`, without a copy."""
         terms = [(term.format, term.options) for term in packed.terms]
-        experts = cls(packed.shape, terms, dtype, "meta", packed.transposed)
+        turned = packed.transposed
+        experts = cls(packed.shape, terms, dtype, "meta", turned, activation, inputs)
         experts.fill(packed)
         return experts
 
@@ -421,6 +335,11 @@ class ExpertView(_Experts):
     def dense(self) -> torch.Tensor:
         """All experts decoded and stacked."""
         return torch.stack([self.expert(e).dense() for e in range(self.n_experts)])
+
+    @property
+    def inputs(self) -> tuple[InputTransform, ...]:  # type: ignore[override]
+        """Transforms of what the matrices are multiplied by."""
+        return self.layers(0)[0].inputs
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.protocol import plan_passes
+from ..calibrate.protocol import Plan, PlannedPass, plan_passes
 from ..export.checkpoint import Checkpoint
 from ..export.report import Report
 from ..export.writer import CheckpointWriter, UnitPlan
@@ -34,6 +34,7 @@ from .errors import CalibrationError, RecipeError
 from .layout import plan_tensors, unit_of
 from .preflight import check_resources, peak_resident_bytes, text_config
 from .recipe import load_recipe
+from .transform import transform_model
 from .units import DataFreeUnits, Job, UnitSource
 
 MAX_SHARD_BYTES = 4 << 30
@@ -117,28 +118,37 @@ def _prepare(
 ) -> Job:
     _check_seed(seed)
     recipe = load_recipe(recipe_name, settings)
-    passes = plan_passes([(u.name, u.keys) for u in recipe.passes]) if recipe.quantizes else ()
+    uses = [(use.name, use.keys) for use in recipe.passes]
+    steps = plan_passes(uses) if recipe.quantizes else Plan((), (), ())
     target = resolve_device(device)
     checkpoint = Checkpoint.open(source, revision)
-    plan = plan_tensors(recipe, checkpoint.config, checkpoint.tensors)
+    _refuse_passes(checkpoint, steps.passes)
+    model = transform_model(checkpoint, steps, seed, target)
+    plan = plan_tensors(recipe, model.config, model.source.tensors)
     if recipe.quantizes and not any(tensor.rule for tensor in plan.values()):
         raise RecipeError(
             f"{source}: recipe {recipe.name!r} would quantize none of its {len(plan)} tensors; "
             f"check weights.ignore, or use --recipe identity to copy"
         )
+    names = " and ".join(item.step.name for item in steps.model)
+    job = Job(
+        checkpoint, recipe, steps.passes, plan, out, seed, target, None, steps.block, model, names
+    )
+    return _with_calibration(job, calib) if job.calibrated else job
+
+
+def _refuse_passes(checkpoint: Checkpoint, passes: Sequence[PlannedPass]) -> None:
     named = checkpoint.config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "unknown"
     for item in passes:
         sentence = item.step.refuse(architecture, item.options)
         if sentence:
             raise RecipeError(f"pass {item.step.name} cannot run on {architecture}: {sentence}")
-    job = Job(checkpoint, recipe, passes, plan, out, seed, target, None)
-    return _with_calibration(job, calib) if job.calibrated else job
 
 
 def _with_calibration(job: Job, calib: str | None) -> Job:
     from ..calibrate.data import load_calibration, window_start
-    from ..calibrate.model import check_architecture, load_tokenizer
+    from ..calibrate.skeleton import check_architecture, load_tokenizer
 
     check_architecture(job.checkpoint.config)
     keys, config = job.recipe.calibration, text_config(job.checkpoint.config)

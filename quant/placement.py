@@ -136,7 +136,9 @@ def _place_packed(
     if len(stored.shape) == 3:
         dtype = model.get_parameter(parameter).dtype
         spec = stored.spec
-        experts = FusedExperts(stored.shape, spec.terms, dtype, "meta", spec.transposed)
+        experts = FusedExperts(
+            stored.shape, spec.terms, dtype, "meta", spec.transposed, spec.activation, spec.inputs
+        )
         replace_parameter(owner, leaf, experts)
         plan.has_experts = True
         _record(plan, parameter, stored, experts)
@@ -160,7 +162,10 @@ def _untie(model: "PreTrainedModel", names: NameMap, parameter: str) -> bool:
 
 
 def _linear(stored: StoredModule, dtype: torch.dtype, bias: bool) -> QuantLinear:
-    return QuantLinear(stored.shape, stored.spec.terms, bias, dtype, "meta")
+    spec = stored.spec
+    return QuantLinear(
+        stored.shape, spec.terms, bias, dtype, "meta", False, spec.activation, spec.inputs
+    )
 
 
 def _place_experts(
@@ -205,6 +210,11 @@ def _place_decoded(plan: Placement, parameter: str) -> None:
         stored = plan.owners.get(key)
         if stored is None:
             plan.held.add(key)
+        elif stored.spec.inputs:
+            raise CheckpointError(
+                f"{stored.name} multiplies inputs that are transformed at run time, and this model "
+                f"has no plain linear layer for it; load it with the class it was quantized from"
+            )
         else:
             decoded.append(stored.name)
     plan.decoded[parameter] = decoded

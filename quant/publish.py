@@ -34,6 +34,7 @@ from ..export.writer import SHARD_NAME, CheckpointWriter, extras_in, is_plain_na
 from .errors import CheckpointError, FormatError
 from .format import find_format
 from .layout import PlannedTensor
+from .transform import EDITS
 from .units import Job
 
 INDEX = "model.safetensors.index.json"
@@ -76,7 +77,8 @@ def discard(out: Path) -> None:
         with named_os_errors(out):
             journal.salvage()
             names = {*_OURS, f"{_SPILL}.partial"} | _manifest_files(out) | extras_in(journal.events)
-            names |= {path.name for path in out.iterdir() if SHARD_NAME.fullmatch(path.name)}
+            found = [path.name for path in out.iterdir()]
+            names |= {name for name in found if SHARD_NAME.fullmatch(name) or EDITS.match(name)}
             for name in sorted(names, key=_removal_order):
                 for path in (out / name, out / f"{name}.partial"):
                     if path.is_file() or path.is_symlink():
@@ -102,7 +104,7 @@ def _manifest_files(out: Path) -> set[str]:
 def finish(job: Job, writer: CheckpointWriter, facts: Mapping[str, Any]) -> Report:
     """Verify, then publish. Idempotent: a kill in here is repeated by the next run."""
     verify_written(job, writer)
-    specs = {t.module: module_spec(t) for t in job.plan.values() if t.rule is not None}
+    specs = {t.module: module_spec(t, job) for t in job.plan.values() if t.rule is not None}
     config = _config(job, specs)
     more: dict[str, Any] = {}
     quantization = config.get("quantization_config")
@@ -131,15 +133,25 @@ def _remove_torn(job: Job, writer: CheckpointWriter) -> None:
     with named_os_errors(job.out):
         for name in (*writer.names, *_OURS, _SPILL, *extras):
             (job.out / f"{name}.partial").unlink(missing_ok=True)
+        for path in job.out.iterdir():
+            if EDITS.match(path.name):
+                path.unlink()
 
 
-def module_spec(tensor: PlannedTensor) -> ModuleSpec:
+def module_spec(tensor: PlannedTensor, job: Job) -> ModuleSpec:
     """How a quantized tensor is described in the config."""
     if tensor.rule is None:
         raise FormatError(f"{tensor.key} is not quantized")
     padded = find_format(tensor.rule.format).padded_k(tensor.shape[-1], tensor.rule.options)
     columns = tensor.shape[-1] if padded != tensor.shape[-1] else None
-    return ModuleSpec(((tensor.rule.format, tensor.rule.options),), columns, tensor.transposed)
+    online = job.model.online.get(tensor.key)
+    return ModuleSpec(
+        ((tensor.rule.format, tensor.rule.options),),
+        columns,
+        tensor.transposed,
+        job.recipe.activation,
+        () if online is None else (online,),
+    )
 
 
 def verify_written(job: Job, writer: CheckpointWriter) -> None:
@@ -189,13 +201,16 @@ def _check_parts(job: Job, tensors: Mapping[str, Any]) -> None:
 
 
 def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
-    config = _without_encoding(job.checkpoint.config)
+    config = _without_encoding(job.model.config)
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_encoding(config["text_config"])
-    if specs:
+    kv = job.recipe.kv
+    if specs or kv:
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = str(job.checkpoint.dtype).removeprefix("torch.")
-        config["quantization_config"] = build_quantization_config(job.recipe.name, specs)
+        config["quantization_config"] = build_quantization_config(
+            job.recipe.name, specs, kv.to_json() if kv else None
+        )
     return config
 
 

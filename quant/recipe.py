@@ -19,8 +19,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .activation import find_activation
 from .errors import RecipeError, nearest_name
 from .format import find_format, parse_options
+from .kv_policy import KVPolicy, parse_kv
 
 DEFAULT_IGNORE = ("lm_head",)
 MIN_LENGTH = 8  # tokens of a calibration window
@@ -90,6 +92,8 @@ class Recipe:
     overrides: tuple[Override, ...]
     gate: GateKeys
     allow_fallback: bool
+    activation: str | None = None  # format that inputs of quantized weights are rounded to
+    kv: KVPolicy | None = None  # how keys and values are cached
 
     @cached_property
     def text(self) -> str:
@@ -188,7 +192,10 @@ def _setting_value(raw: str) -> Any:
         return raw
 
 
-_TOP_KEYS = ("summary", "calibration", "pass", "weights", "override", "gate", "allow_fallback")
+_TOP_KEYS = (
+    "summary", "calibration", "pass", "weights", "override", "activations", "kv", "gate",
+    "allow_fallback",
+)  # fmt: skip
 
 
 def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
@@ -200,13 +207,20 @@ def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
         summary=_typed(tree, "summary", str, ""),
         tree=tree,
         calibration=_section("calibration", CalibrationKeys, tree),
-        passes=tuple(_pass_use(item) for item in _typed(tree, "pass", list, [])),
+        passes=_pass_uses(_typed(tree, "pass", list, [])),
         weights=weights,
         ignore=ignore,
         overrides=tuple(_override(item, tree) for item in _typed(tree, "override", list, [])),
         gate=_gate(tree),
         allow_fallback=_typed(tree, "allow_fallback", bool, False),
+        activation=_activation(tree),
+        kv=parse_kv(_typed(tree, "kv", dict, {}), "kv") if "kv" in tree else None,
     )
+    if recipe.activation and not recipe.quantizes:
+        raise RecipeError(
+            f"recipe {name!r} rounds activations but no weights; add [weights] with a format, or "
+            f"drop [activations]"
+        )
     if recipe.passes and not recipe.quantizes:
         raise RecipeError(
             f"recipe {name!r} has passes ({', '.join(use.name for use in recipe.passes)}) but no "
@@ -237,6 +251,16 @@ def _section(name: str, kind: type[Any], tree: Mapping[str, Any]) -> Any:
     return kind(**table)
 
 
+def _activation(tree: Mapping[str, Any]) -> str | None:
+    if "activations" not in tree:
+        return None
+    table = _typed(tree, "activations", dict, {})
+    _known("activations", table, ("format",))
+    if not isinstance(table.get("format"), str):
+        raise RecipeError(f"activations: needs format = '...', got {table.get('format')!r}")
+    return find_activation(table["format"]).name
+
+
 def _gate(tree: Mapping[str, Any]) -> GateKeys:
     gate: GateKeys = _section("gate", GateKeys, tree)
     for key, value in asdict(gate).items():
@@ -246,6 +270,20 @@ def _gate(tree: Mapping[str, Any]) -> GateKeys:
                 f"gate.{key} must be a finite number ≥ 0 (0 switches it off), got {value!r}"
             )
     return gate
+
+
+def _pass_uses(tables: Sequence[Any]) -> tuple[PassUse, ...]:
+    """All passes that are not skipped (`skip = true`, for `--set pass.NAME.skip=true`)."""
+    found = []
+    for table in tables:
+        use = _pass_use(table)
+        skip = use.keys.get("skip", False)
+        if not isinstance(skip, bool):
+            raise RecipeError(f"pass {use.name}: skip must be true or false, got {skip!r}")
+        if not skip:
+            keys = {key: value for key, value in use.keys.items() if key != "skip"}
+            found.append(PassUse(use.name, keys))
+    return tuple(found)
 
 
 def _pass_use(table: Any) -> PassUse:

@@ -2,9 +2,22 @@
 
     y = x · Ŵᵀ        Ŵ = Σ unpack(terms) in fp32, rounded once to the dtype of x
 
+With an activation format, x is rounded first: x̂ = Qx · s_x for each row. A weight that has an integer
+form, Ŵ[n] = Qw[n] · s_w[n] + o[n], is then multiplied in integers. The order of fp32 operations is
+part of the definition, and integer kernels are bit-equal to it:
+
+    a[m, n] = fp32(Σ_k Qx[m, k] · Qw[n, k])        the sum is exact, one rounding to fp32
+    y[m, n] = (a[m, n] · s_w[n]) · s_x[m]          two roundings
+    y[m, n] = y[m, n] + o[n] · T[m]                with an offset: two roundings, no fused multiply-add
+    T[m]    = s_x[m] · fp32(Σ_k Qx[m, k])          the sum of x̂, not of x
+    result  = y rounded to the dtype of x
+
+Any other weight (several terms, scales along K) is multiplied as above, by x̂ in the dtype of x.
+
 Differentiable in x (not in the weight), so that adapters can be trained around a quantized layer.
 The backward pass decodes the weight again instead of keeping it: a dense copy of every layer of
-the model would be alive between forward and backward otherwise.
+the model would be alive between forward and backward otherwise. Rounding passes gradients straight
+through: x̂ has the gradient of x, though scale and codes are steps.
 
 Deliberately not fast: the whole weight is decoded at every call, nothing is cached.
 """
@@ -14,13 +27,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .format import dequantize
+from .activation import RoundedRows, find_activation, integer_form
+from .format import IntegerForm, dequantize
 from .kernel import Kernel, Problem, Reason
 from .packed import PackedTensor
 
 # For ranking, and low on purpose: a kernel that does the same work must come first.
 _DECODE_WEIGHTS_PER_SECOND = 3e8
 _MACS_PER_SECOND = 5e9
+_BLOCK_WEIGHTS = 1 << 22  # integers widened to fp64 at once: 32 MB
 
 
 def dense(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -28,24 +43,44 @@ def dense(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
     return dequantize(packed).to(dtype)
 
 
-def linear(x: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
-    """x [..., K] times a weight [N, K]: y [..., N] in the dtype of x, differentiable in x."""
-    result: torch.Tensor = _Linear.apply(x, packed)
+def linear(x: torch.Tensor, packed: PackedTensor, activation: str | None = None) -> torch.Tensor:
+    """x [..., K] times a weight [N, K]: y [..., N] in the dtype of x, differentiable in x.
+
+    activation: name of the format that x is rounded to first; None leaves it as it is.
+    """
+    result: torch.Tensor = _Linear.apply(x, packed, activation)
     return result
 
 
+def integer_linear(rows: RoundedRows, form: IntegerForm) -> torch.Tensor:
+    """Rounded rows [..., K] times integers [N, K]: y fp32 [..., N] in the order of operations that
+    the module's text fixes. The integer sum is done in fp64, which is exact: |Σ| ≤ K·2^14 < 2^53."""
+    codes, scale = rows.codes.double(), form.scale.view(-1)
+    step = max(1, _BLOCK_WEIGHTS // form.codes.shape[-1])
+    sums = [codes @ block.double().T for block in form.codes.split(step)]
+    y = torch.cat(sums, dim=-1).float() * scale * rows.scale
+    return y if form.offset is None else y + form.offset.view(-1) * rows.sums()
+
+
 class _Linear(torch.autograd.Function):
-    """F.linear whose backward decodes the weight again; see the module's text."""
+    """The product, whose backward decodes the weight again; see the module's text."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: PackedTensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: PackedTensor, activation: str | None
+    ) -> torch.Tensor:
         ctx.packed = packed
-        return functional.linear(x, dense(packed, x.dtype))
+        if activation is None:
+            return functional.linear(x, dense(packed, x.dtype))
+        rows, form = find_activation(activation).round(x), integer_form(packed)
+        if form is None:
+            return functional.linear(rows.decode(x.dtype), dense(packed, x.dtype))
+        return integer_linear(rows, form).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
-        return grad @ dense(ctx.packed, grad.dtype), None
+        return grad @ dense(ctx.packed, grad.dtype), None, None
 
 
 def _refuse(problem: Problem) -> tuple[Reason, ...]:

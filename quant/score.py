@@ -7,6 +7,9 @@ the next token, in float32 from the logits on:
     KL      Σ_v r(v) · (log r(v) − log p(v))
     agree   both have the same most likely token
 
+With `step`, the scored model reads a row a few tokens at a time through its cache, so that a packed
+KV cache is in the loop: whole rows never read back what they stored. The reference reads whole rows.
+
 Logits become log-probabilities a few rows at a time, so what is needed beyond the logits themselves
 does not grow with rows × vocabulary. Both models run side by side on the same rows; nothing is
 spilled to disk, and no figure is averaged here over more than a window.
@@ -47,12 +50,14 @@ def evaluate_model(
     reference_model: Any | None = None,
     *,
     batch: int | None = None,
+    step: int | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """Run `model` (and `reference_model`) over token rows int64 [windows, R].
 
-    batch: rows in a forward; None chooses by memory. CheckpointError: ids beyond the vocabulary,
-    vocabularies that differ, NaN or Inf logits.
+    batch: rows in a forward; None chooses by memory. step: tokens that `model` reads at a time
+    through its cache; None is whole rows without one. CheckpointError: ids beyond the vocabulary,
+    vocabularies that differ, NaN or Inf logits, no cache where `step` needs one.
     """
     _check_vocabulary(model, windows, reference_model)
     n_windows, row = windows.shape
@@ -63,7 +68,7 @@ def evaluate_model(
     n_agree = 0
     for start in range(0, n_windows, size):
         rows = windows[start : start + size]
-        logits = _logits(model, rows)
+        logits = _logits(model, rows) if step is None else _stepwise_logits(model, rows, step)
         others = None if reference_model is None else _logits(reference_model, rows)
         for index, window in enumerate(rows):
             scored = _Score.of(logits[index], None if others is None else others[index], window)
@@ -130,6 +135,19 @@ def _logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         output = model(input_ids=rows.to(model.device), use_cache=False)
     return output.logits
+
+
+def _stepwise_logits(model: Any, rows: torch.Tensor, step: int) -> torch.Tensor:
+    """Logits [batch, R, V] of token rows [batch, R], `step` tokens at a time through the cache."""
+    from .kv_install import new_cache
+
+    cache = new_cache(model, max_tokens=rows.shape[1])
+    parts = []
+    with torch.no_grad():
+        for ids in rows.to(model.device).split(step, dim=1):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            parts.append(output.logits)
+    return torch.cat(parts, dim=1)
 
 
 def _require_finite(loss: torch.Tensor, window: int) -> None:

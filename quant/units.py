@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..calibrate.data import CalibrationSet
-from ..calibrate.protocol import PlannedPass
+from ..calibrate.protocol import PlannedBlockTransform, PlannedPass
 from ..export.checkpoint import Checkpoint
 from ..export.writer import CheckpointWriter, Chunked
 from .block import Block, Weight
@@ -24,6 +24,7 @@ from .format import dequantize
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
 from .recipe import Recipe
+from .transform import Transformed
 
 SLAB_BYTES = 32 << 20  # of source rows that are read, rounded and dropped at a time
 
@@ -40,11 +41,14 @@ class Job:
     seed: int
     device: torch.device
     calibration: CalibrationSet | None  # None when data-free
+    transforms: tuple[PlannedBlockTransform, ...]  # of single blocks
+    model: Transformed  # the checkpoint as the transforms of the whole model leave it
+    model_passes: str  # their names, for messages
 
     @property
     def calibrated(self) -> bool:
-        """Whether any pass asks for statistics."""
-        return any(item.step.needs(item.options) for item in self.passes)
+        """Whether any pass asks for statistics or samples."""
+        return bool(self.transforms) or any(p.step.needs(p.options) for p in self.passes)
 
 
 class UnitSource(ABC):
@@ -66,7 +70,7 @@ class DataFreeUnits(UnitSource):
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        runs = split_by_bytes(list(job.plan), job.checkpoint.tensors)
+        runs = split_by_bytes(list(job.plan), job.model.source.tensors)
         self.members = [(f"tensors {i + 1} of {len(runs)}", keys) for i, keys in enumerate(runs)]
 
     def skip(self, index: int, writer: CheckpointWriter) -> None:
@@ -138,12 +142,18 @@ def _slabs(job: Job, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
     """Rows of the leading axis, about SLAB_BYTES at a time; in one piece if there is no such axis."""
     shape = tensor.source_shape
     if not shape or shape[0] == 0:
-        yield job.checkpoint.read(tensor.key)
+        yield _as_stored(tensor, job.model.source.read(tensor.key))
         return
     row_bytes = max(1, torch.Size(shape).numel() // shape[0] * tensor.dtype.itemsize)
     step = max(1, SLAB_BYTES // row_bytes)
     for start in range(0, shape[0], step):
-        yield job.checkpoint.read(tensor.key, start, min(start + step, shape[0]))
+        rows = job.model.source.read(tensor.key, start, min(start + step, shape[0]))
+        yield _as_stored(tensor, rows)
+
+
+def _as_stored(tensor: PlannedTensor, value: torch.Tensor) -> torch.Tensor:
+    """What is kept goes back to its dtype after it was transformed; what is rounded stays wide."""
+    return value if tensor.rule is not None else value.to(tensor.dtype)
 
 
 def make_weight(tensor: PlannedTensor, value: torch.Tensor) -> Weight:

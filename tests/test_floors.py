@@ -10,8 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("quant", "calibrate", "export", "kernels_triton", "kernels_cuda")
 FLOORS = {
     0: {"quant.errors", "quant.block", "quant.packed", "quant.format", "quant.kernel",
-        "quant.registry"},
-    1: {"quant.reference", "quant.cpu", "quant.tuned", "quant.recipe", "quant.names"},
+        "quant.registry", "quant.page_format"},
+    1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.tuned", "quant.recipe",
+        "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
+        "quant.byte_lanes"},
     4: {"quant.evaluate", "quant.score", "quant.plan", "quant.inspect", "quant.doctor",
         "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress"},
 }  # fmt: skip

@@ -85,8 +85,9 @@ def run(block: Block, stats: Stats, options: GptqOptions) -> Block:
     for batch in batches(trusted):
         _round_batch(batch, options, rounded)
     for batch in batches(refused):
-        scales = batch.format.fit(batch.values(), batch.options, batch.clips())
-        codes, _ = batch.format.round(batch.values(), scales, 0, batch.options)
+        values = batch.values()
+        scales = batch.scales(values)
+        codes, _ = batch.format.round(values, scales, 0, batch.options)
         rounded.put(batch, codes, scales)
     for weight in block.weights:
         weight.packed = rounded.pack(weight)
@@ -116,7 +117,7 @@ def _note(matrix: Matrix, reason: str | None) -> None:
 def _round_batch(batch: MatrixBatch, options: GptqOptions, rounded: Rounded) -> None:
     """Sweep a batch; a failed factorisation is isolated by trying its matrices one by one."""
     weights, hessian = batch.values(), batch.hessians()
-    scales = batch.format.fit(weights, batch.options, batch.clips())
+    scales = batch.scales(weights)
     problem = prepare(weights, hessian, scales, batch.format, batch.options, options)
     if problem is not None:
         rounded.put(batch, sweep(problem, options), scales)

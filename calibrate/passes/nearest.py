@@ -1,7 +1,7 @@
 """Nearest rounding: every weight goes to the closest value of its grid. Needs no data.
 
 Works through row chunks that fit the processor's cache: measured, that is what makes the data-free
-path faster than a disk. Uses the range factors of an earlier search pass when there are any.
+path faster than a disk. Uses the scales or range factors of an earlier search pass, if there are any.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,17 @@ def round_nearest(weight: Weight) -> PackedTensor:
     wanted = weight.value if weight.target is None else weight.target
     rows = wanted.reshape(-1, shape[-1])
     clip = None if weight.clip is None else weight.clip.reshape(rows.shape[0], -1)
+    scales = None
+    if weight.scales is not None:
+        scales = {name: part.flatten(0, -2) for name, part in weight.scales.items()}
     step = max(1, CHUNK_ELEMENTS // shape[-1])
     error = norm = 0.0
     chunks = []
     for start in range(0, rows.shape[0], step):
-        limits = None if clip is None else clip[start : start + step]
-        parts, delta, size = _round_rows(weight, rows[start : start + step], limits)
+        span = slice(start, start + step)
+        known = None if scales is None else {name: part[span] for name, part in scales.items()}
+        limits = None if clip is None else clip[span]
+        parts, delta, size = _round_rows(weight, rows[span], known, limits)
         chunks.append(parts)
         error, norm = error + delta, norm + size
     if weight.target is None:
@@ -56,13 +61,14 @@ def round_nearest(weight: Weight) -> PackedTensor:
 
 
 def _round_rows(
-    weight: Weight, rows: torch.Tensor, clip: torch.Tensor | None
+    weight: Weight, rows: torch.Tensor, scales: Parts | None, clip: torch.Tensor | None
 ) -> tuple[Parts, float, float]:
-    """Stored parts, Σ (w − ŵ)² and Σ w² of some rows."""
+    """Stored parts, Σ (w − ŵ)² and Σ w² of some rows; `scales` replace fitting within `clip`."""
     store = find_format(weight.format)
     missing = store.padded_k(rows.shape[-1], weight.options) - rows.shape[-1]
     padded = torch.nn.functional.pad(rows.float(), (0, missing)) if missing else rows.float()
-    scales = store.fit(padded, weight.options, clip)
+    if scales is None:
+        scales = store.fit(padded, weight.options, clip)
     codes, values = store.round(padded, scales, 0, weight.options)
     delta, flat = values.sub_(padded).flatten(), padded.flatten()
     parts = store.pack(codes, scales, weight.options)

@@ -12,15 +12,15 @@ def test_discovery_lists_the_folder():
 
 
 def test_nearest_is_appended_without_a_rounding_pass():
-    assert [item.step.name for item in plan_passes([])] == ["nearest"]
+    assert [item.step.name for item in plan_passes([]).passes] == ["nearest"]
     planned = plan_passes([("clip_search", {"data_free": True})])
-    assert [item.step.name for item in planned] == ["clip_search", "nearest"]
-    assert [item.step.name for item in plan_passes([("gptq", {})])] == ["gptq"]
+    assert [item.step.name for item in planned.passes] == ["clip_search", "nearest"]
+    assert [item.step.name for item in plan_passes([("gptq", {})]).passes] == ["gptq"]
 
 
 def test_needs_follow_the_options():
-    clip, _ = plan_passes([("clip_search", {})])
-    free, _ = plan_passes([("clip_search", {"data_free": True})])
+    clip, _ = plan_passes([("clip_search", {})]).passes
+    free, _ = plan_passes([("clip_search", {"data_free": True})]).passes
     assert clip.step.needs(clip.options) == ("moments",)
     assert free.step.needs(free.options) == ()
 
@@ -32,12 +32,21 @@ def test_unknown_names_and_keys_are_named():
         plan_passes([("gptq", {"dampening": 0.1})])
 
 
+def test_transforms_are_sorted_by_what_they_rewrite():
+    plan = plan_passes([("fold_norms", {}), ("rotate", {}), ("gptq", {})])
+    assert [item.step.name for item in plan.model] == ["fold_norms", "rotate"]
+    assert plan.transforms and not plan.block
+    assert not plan_passes([("gptq", {})]).transforms
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (("gptq", "nearest"), "'gptq' and 'nearest' both round, .* keep one of the two"),
         (("nearest", "nearest"), "'nearest' and 'nearest' both round"),
         (("gptq", "clip_search"), "put 'clip_search' before 'gptq'"),
+        (("gptq", "fold_norms"), "put 'fold_norms' before 'gptq'"),
+        (("clip_search", "rotate", "gptq"), "put 'rotate' before 'clip_search'"),
         (("compensate", "gptq", "compensate"), "'compensate' tunes what pass 'gptq' before it"),
     ],
 )

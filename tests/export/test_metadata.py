@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from fewbit.export.metadata import (
 )
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.format import find_format
+from fewbit.quant.hadamard import Hadamard
 
 Options = find_format("int_group").Options
 
@@ -72,10 +74,16 @@ def test_golden_config():
         ({"version": 2}, "version 2, this fewbit reads up to 1; upgrade"),
         ({"version": "1"}, "version must be a whole number"),
         ({"quant_method": "gptq"}, "must be 'fewbit', got 'gptq'"),
-        ({"kv": {}}, "unknown keys"),
+        ({"kw": {}}, "unknown keys"),
+        ({"kv": {}}, "kv.key must be a table"),
+        ({"kv": 4}, "kv must be an object"),
+        ({"default": {"terms": [], "activation": {"format": "int9"}}}, "unknown activation"),
+        ({"default": {"terms": [], "activation": "int8"}}, "activation must be a format"),
+        ({"tensors": {"a": {"input": [{"op": "dct"}]}}}, "op must be 'hadamard'"),
+        ({"tensors": {"a": {"input": {}}}}, "input must be a list"),
         ({"tensors": []}, "tensors must be an object"),
         ({"tensors": {"a": {"columns": -1}}}, "bad columns -1"),
-        ({"tensors": {"a": {"colums": 1}}}, "expected an object with terms"),
+        ({"tensors": {"a": {"colums": 1}}}, "expected an object with activation"),
         ({"tensors": {"re:(": {}}}, "bad pattern"),
         ({"default": {"terms": [{"format": "nf4"}]}}, "unknown format 'nf4'"),
         ({"default": {"terms": [{"format": "int_group", "bits": 99}]}}, "bits must be"),
@@ -131,3 +139,24 @@ def test_manifest_of_a_newer_version_and_absent(tmp_path):
 def test_config_hash_ignores_order_only():
     assert config_sha256({"a": 1, "b": 2}) == config_sha256({"b": 2, "a": 1})
     assert config_sha256({"a": 1}) != config_sha256({"a": 2})
+
+
+def test_activations_inputs_and_caches_come_back():
+    turn = Hadamard(96, 7)
+    options = find_format("int_group").Options()
+    plain = ModuleSpec((("int_group", options),), activation="int8_token")
+    specs = {
+        "model.layers.0.mlp.up_proj": plain,
+        "model.layers.1.mlp.up_proj": plain,
+        "model.layers.0.mlp.down_proj": replace(plain, inputs=(turn,)),
+        "model.layers.1.mlp.down_proj": replace(plain, inputs=(turn,)),
+        "model.layers.0.self_attn.q_proj": replace(plain, activation=None),
+    }
+    kv = {"key": {"format": "int4_head"}, "value": {"format": "int4_head"}, "sink": 4}
+    config = build_quantization_config("r", specs, kv)
+    assert config["default"]["activation"] == {"format": "int8_token"}
+    assert len(config["tensors"]) == 2  # down_proj as one pattern, q_proj
+    parsed = parse_quantization_config(json.loads(json.dumps(config)), "config.json")
+    assert {name: parsed.spec_for(name) for name in specs} == specs
+    assert parsed.kv is not None and parsed.kv.sink == 4
+    assert "kv" not in build_quantization_config("r", specs)

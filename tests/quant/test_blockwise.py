@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from fewbit.calibrate import collect
 from fewbit.calibrate.data import load_calibration
-from fewbit.calibrate.model import load_tokenizer
+from fewbit.calibrate.skeleton import load_tokenizer
 from fewbit.quant import blockwise, pipeline, preflight
 from fewbit.quant.blockwise import Spill, stored_tensor
 from fewbit.quant.errors import CalibrationError, CheckpointError

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewbit.quant import cpu, dispatch, reference
+from fewbit.quant import cpu, cpu_int8, dispatch, reference
+from fewbit.quant.activation import IntegerKernel, find_activation
 from fewbit.quant.dispatch import M_BUCKETS, Runner, explain, kernels, m_bucket, problem_of
 from fewbit.quant.errors import NoKernelError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
+from fewbit.quant.hadamard import Hadamard
 from fewbit.quant.kernel import Kernel, Problem, Reason
 from fewbit.quant.packed import PackedTensor, Term
 
@@ -304,3 +306,92 @@ def test_a_planned_call_costs_microseconds(monkeypatch: pytest.MonkeyPatch) -> N
             runner.linear(x)
         best = min(best, (time.perf_counter() - start) / 100)
     assert best < 20e-6
+
+
+# ---- inputs rounded to an activation format ----------------------------------------------------
+
+W8A8 = replace(W4, options=IntGroupOptions(8, "row"), activation="int8_token")
+integers = pytest.mark.skipif(
+    cpu_int8._trial("int8_onednn") is not None, reason="oneDNN's int8 product is no use here"
+)
+
+
+@integers
+@pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float16])
+@pytest.mark.parametrize("m", M_BUCKETS)
+def test_default_plan_of_integer_problems(m: int, dtype: torch.dtype) -> None:
+    found = explain(replace(W8A8, m_bucket=m, dtype=dtype))
+    assert found.chosen == "int8_onednn"
+    assert {reason.code for reason in found.refused["int8pack"]} >= {"ACTIVATION"}
+
+
+def test_an_explanation_shows_the_activation() -> None:
+    found = explain(W8A8)
+    assert "activation=int8_token" in found.text().splitlines()[0]
+    data = json.loads(json.dumps(found.as_dict()))
+    assert data["activation"] == "int8_token" and "activation=int8_token" in data["problem"]
+    assert explain(W4).as_dict()["activation"] is None
+
+
+def test_problem_of_rounded_inputs() -> None:
+    packed = pack(torch.randn(8, 40), IntGroupOptions(3, 16))
+    found = problem_of(packed, 5, BF16, "cpu", "int8_token")
+    assert found == replace(problem_of(packed, 5, BF16, "cpu"), activation="int8_token")
+
+
+@pytest.mark.parametrize("options", [IntGroupOptions(8, "row"), IntGroupOptions(4, 16)])
+@pytest.mark.parametrize("name", [None, "dense_cached", "dense_chunked", "reference"])
+def test_every_kernel_computes_with_rounded_inputs(
+    name: str | None, options: IntGroupOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding that is coarse enough to tell: one outlier takes the range of each row."""
+    if name:
+        monkeypatch.setenv("FEWBIT_KERNEL", name)
+    torch.manual_seed(2)
+    packed = pack(torch.randn(24, 48), options)
+    x = torch.randn(5, 48)
+    x[:, 7] = 400
+    y = Runner(packed, "int8_token").linear(x)
+    rounded = find_activation("int8_token").round(x).decode(torch.float32)
+    assert torch.allclose(y, reference.linear(rounded, packed), rtol=1e-5, atol=1e-3)
+    assert float((y - reference.linear(x, packed)).abs().max()) > 0.1
+    if name == "reference":
+        assert torch.equal(y, reference.linear(x, packed, "int8_token"))
+
+
+def test_integer_kernels_get_x_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def launch(x: torch.Tensor, layout: object) -> torch.Tensor:
+        seen.append(x)
+        return x.new_zeros(x.shape[0], 16)
+
+    plain = replace(fake("plain", 1e-9), launch=launch)
+    integer = IntegerKernel(
+        "integer", plain.refuse, plain.prepare, launch, plain.seconds, activation="int8_token"
+    )
+    packed = pack(torch.randn(16, 32), IntGroupOptions(8, "row"))
+    x = torch.randn(3, 32)
+    for kernel in (plain, integer):
+        only(monkeypatch, kernel)
+        Runner(packed, "int8_token").linear(x)
+    rounded = find_activation("int8_token").round(x).decode(torch.float32)
+    assert torch.equal(seen[0], rounded) and torch.equal(seen[1], x)
+
+
+@pytest.mark.parametrize("activation", [None, "int8_token"])
+def test_inputs_are_transformed_before_they_are_rounded(activation: str | None) -> None:
+    torch.manual_seed(3)
+    turn = Hadamard(32, 9)
+    weight = torch.randn(16, 32)
+    packed = pack(turn.apply(weight), IntGroupOptions(8, "row"))
+    x = torch.randn(2, 5, 32)
+    y = Runner(packed, activation, (turn,)).linear(x)
+    assert torch.equal(y, Runner(packed, activation).linear(turn.apply(x)))
+    exact = x @ weight.T
+    assert float((y - exact).norm() / exact.norm()) < 0.02
+    leaf = x.clone().requires_grad_()
+    Runner(packed, activation, (turn,)).linear(leaf).sum().backward()
+    ones = torch.ones(2, 5, 16) @ weight
+    assert float((leaf.grad - ones).norm() / ones.norm()) < 0.02
+    assert Runner(packed, activation, (turn,)).linear(x[:0]).shape == (0, 5, 16)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from fewbit.quant import dispatch, reference
 from fewbit.quant.errors import FormatError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
+from fewbit.quant.hadamard import Hadamard
 from fewbit.quant.linear import (
     ExpertView,
     FusedExperts,
@@ -235,6 +236,130 @@ def test_bf16_results_are_close_at_one_row_and_at_many() -> None:
     exact = x.double() @ reference.dense(module.packed, torch.float64).T + module.bias.double()
     for y in (module(x), torch.cat([module(row[None]) for row in x])):
         assert float((y.double() - exact).norm() / exact.norm()) < 5e-3
+
+
+# ---- rounded and transformed inputs -----------------------------------------------------------
+
+ROW8 = IntGroupOptions(8, "row")
+TURN = Hadamard(64, 11)
+
+
+def rotated(inputs: tuple[Hadamard, ...] = (TURN,)) -> tuple[QuantLinear, torch.Tensor]:
+    """A W8A8 layer behind a rotation, and the weight that it stands for."""
+    torch.manual_seed(8)
+    weight = torch.randn(32, 64)
+    packed = pack(TURN.apply(weight) if inputs else weight, ROW8)
+    bias = torch.randn(32)
+    return QuantLinear.from_packed(packed, bias, torch.float32, "int8_token", inputs), weight
+
+
+@pytest.mark.parametrize("inputs", [(), (TURN,)])
+def test_layer_transforms_then_rounds(inputs: tuple[Hadamard, ...]) -> None:
+    module, weight = rotated(inputs)
+    x = torch.randn(7, 64)
+    turned = TURN.apply(x) if inputs else x
+    wanted = reference.linear(turned, module.packed, "int8_token") + module.bias
+    assert torch.equal(module(x), wanted)
+    exact = functional.linear(x, weight, module.bias)
+    assert 1e-4 < float((module(x) - exact).norm() / exact.norm()) < 0.02
+    assert torch.equal(module.weight, reference.dense(module.packed, torch.float32))
+
+
+def test_zero_rows_give_the_bias() -> None:
+    module, _ = rotated()
+    assert torch.equal(module(torch.zeros(2, 64)), module.bias.expand(2, 32))
+
+
+def test_copies_keep_activation_and_inputs() -> None:
+    module, _ = rotated()
+    x = torch.randn(3, 64)
+    wanted = module(x)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin.activation == "int8_token" and twin.inputs == (TURN,)
+        assert torch.equal(twin(x), wanted)
+    assert sorted(module.state_dict()) == ["bias", "codes", "scale_group"]
+
+
+def test_gradient_passes_rotation_and_rounding() -> None:
+    module, weight = rotated()
+    x = torch.randn(3, 64, requires_grad=True)
+    module(x).sum().backward()
+    wanted = weight.sum(0).expand(3, 64)
+    assert float((x.grad - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_bias_follows_the_dtype_of_rounded_layers() -> None:
+    module, _ = rotated()
+    x = torch.randn(3, 64)
+    wanted = module(x)
+    half = module.to(BF16)(x.to(BF16))
+    assert half.dtype == BF16
+    assert float((half.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_a_shared_product_may_decline() -> None:
+    module, _ = rotated()
+    x = torch.randn(3, 64)
+    wanted = module(x)
+
+    class Shared:
+        answer: torch.Tensor | None = None
+
+        def product(self, layer: QuantLinear, x: torch.Tensor) -> torch.Tensor | None:
+            assert layer is module
+            return self.answer
+
+    module.shared = Shared()
+    assert torch.equal(module(x), wanted)
+    module.shared.answer = torch.zeros(3, 32)
+    assert torch.equal(module(x), module.bias.expand(3, 32))
+    assert copy.deepcopy(module).shared is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_transform_and_round(transposed: bool) -> None:
+    torch.manual_seed(9)
+    weight = torch.randn(3, 16, 64)
+    packed = pack(TURN.apply(weight), ROW8, transposed=transposed)
+    experts = FusedExperts.from_packed(packed, torch.float32, "int8_token", (TURN,))
+    x = torch.randn(5, 64)
+    y = x @ experts[1] if transposed else functional.linear(x, experts[1])
+    one = PackedTensor(
+        (16, 64), (Term("int_group", ROW8, {n: p[1] for n, p in packed.terms[0].parts.items()}),)
+    )
+    assert torch.equal(y, reference.linear(TURN.apply(x), one, "int8_token"))
+    exact = x @ weight[1].T
+    assert float((y - exact).norm() / exact.norm()) < 0.02
+
+
+def test_decoded_weights_of_transformed_inputs_are_refused() -> None:
+    """They are in another basis: multiplying x by them would be silently wrong."""
+    packed = pack(torch.randn(3, 16, 64), ROW8)
+    experts = FusedExperts.from_packed(packed, torch.float32, None, (TURN,))
+    x = torch.randn(3, 5, 64)
+    for use in (
+        lambda: torch.bmm(x, experts),
+        lambda: experts[1:],
+        lambda: experts[torch.tensor([0, 2])],
+        lambda: torch.einsum("nk,bk->bn", experts[0], x[0]),
+        lambda: x @ torch.abs(experts[0]),
+    ):
+        with pytest.raises(FormatError, match="choose the eager expert loop"):
+            use()
+    assert experts.dense().shape == (3, 16, 64)
+
+
+def test_views_transform_and_round_by_their_layers() -> None:
+    owner = nn.Module()
+    module, weight = rotated()
+    owner.add_module("0", nn.Module())
+    owner.get_submodule("0").down_proj = module
+    view = ExpertView(owner, 1, ("down_proj",))
+    x = torch.randn(4, 64)
+    assert torch.equal(functional.linear(x, view[0], module.bias), module(x))
+    assert view.inputs == (TURN,)
+    with pytest.raises(FormatError, match="eager expert loop"):
+        view[:]
 
 
 def test_linear_refuses_a_stack_and_experts_a_matrix() -> None:

@@ -131,3 +131,29 @@ def test_short_windows_are_refused():
 def test_a_setting_inside_passes_that_are_no_tables(value, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         load_recipe("w4a16", [f"pass={value}", "pass.gptq.damping=1"])
+
+
+def test_a_pass_may_be_skipped_by_a_setting():
+    recipe = load_recipe("w4a16", ["pass.clip_search.skip=true"])
+    assert [use.name for use in recipe.passes] == ["compensate", "gptq"]
+    kept = load_recipe("w4a16", ["pass.gptq.skip=false"])
+    assert "skip" not in kept.passes[-1].keys
+    with pytest.raises(RecipeError, match="skip must be true or false"):
+        load_recipe("w4a16", ["pass.gptq.skip=1"])
+
+
+def test_activations_and_kv_are_parsed_and_checked():
+    recipe = load_recipe("w8a8")
+    assert recipe.activation == "int8_token" and recipe.kv is None
+    cached = load_recipe("kv4")
+    assert cached.kv is not None and cached.kv.key.format == "int4_head"
+    assert not cached.quantizes
+    for name, setting, message in (
+        ("w8a8", "activations.format=int8_tokens", "did you mean 'int8_token'"),
+        ("w8a8", "activations.bits=8", "unknown key 'bits'"),
+        ("kv4", "kv.key.format=int4", "unknown KV page format 'int4'"),
+        ("kv4", "kv.sinks=4", "did you mean 'sink'"),
+        ("kv4", "activations.format=int8_token", "rounds activations but no weights"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(name, [setting])

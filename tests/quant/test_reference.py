@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fewbit.quant import reference
+from fewbit.quant.activation import RoundedRows, find_activation
+from fewbit.quant.format import IntegerForm
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.kernel import Problem
 from fewbit.quant.packed import PackedTensor, Term
@@ -116,3 +118,85 @@ def test_the_kernel_never_refuses() -> None:
     x = torch.randn(2, 16)
     y = kernel.launch(x, kernel.prepare(packed, x.dtype))
     assert torch.equal(y, reference.linear(x, packed))
+
+
+# ---- inputs rounded to an activation format ----------------------------------------------------
+
+ROW8 = IntGroupOptions(8, "row")
+INT8 = find_activation("int8_token")
+
+
+def by_int64(rows: RoundedRows, form: IntegerForm) -> torch.Tensor:
+    """The text of the module, one element at a time."""
+    y = torch.empty(rows.codes.shape[0], form.codes.shape[0])
+    for m in range(y.shape[0]):
+        total = rows.scale[m] * rows.codes[m].long().sum().float()
+        for n in range(y.shape[1]):
+            a = (rows.codes[m].long() * form.codes[n].long()).sum().float()
+            value = (a * form.scale[n]) * rows.scale[m]
+            if form.offset is not None:
+                value = value + form.offset[n] * total
+            y[m, n] = value
+    return y
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_integer_product_in_the_stated_order(offset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    form = IntegerForm(
+        torch.randint(-128, 128, (9, 3001), dtype=torch.int8),
+        torch.randn(9, 1) * 0.01,
+        torch.randn(9, 1) if offset else None,
+    )
+    rows = INT8.round(torch.randn(7, 3001) + 1)
+    wanted = by_int64(rows, form)
+    assert torch.equal(reference.integer_linear(rows, form), wanted)
+    monkeypatch.setattr(reference, "_BLOCK_WEIGHTS", 2 * 3001)  # the last block has one row
+    assert torch.equal(reference.integer_linear(rows, form), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_inputs_times_integers(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    packed = pack(torch.randn(6, 50), ROW8)
+    x = torch.randn(2, 3, 50).to(dtype)
+    y = reference.linear(x, packed, "int8_token")
+    assert y.dtype == dtype and y.shape == (2, 3, 6)
+    form = FORMAT.integer_form(packed.terms[0].parts, packed.shape, ROW8)
+    assert torch.equal(y, reference.integer_linear(INT8.round(x), form).to(dtype))
+    exact = INT8.round(x).decode(torch.float64) @ decode_by_hand(packed).T
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert float((y.double() - exact).norm() / exact.norm()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(IntGroupOptions(4, 16),), (IntGroupOptions(8, "row", symmetric=False),), (ROW8, ROW8)],
+)
+def test_weights_without_integer_form_still_get_rounded_inputs(
+    options: tuple[IntGroupOptions, ...],
+) -> None:
+    torch.manual_seed(6)
+    packed = pack(torch.randn(5, 48), *options)
+    x = torch.randn(4, 48)
+    y = reference.linear(x, packed, "int8_token")
+    assert torch.equal(y, reference.linear(INT8.round(x).decode(torch.float32), packed))
+    assert not torch.equal(y, reference.linear(x, packed))
+
+
+@pytest.mark.parametrize("options", [ROW8, IntGroupOptions(4, 16)])
+def test_gradients_pass_rounding_straight_through(options: IntGroupOptions) -> None:
+    packed = pack(torch.randn(4, 32), options)
+    x = torch.randn(3, 32, requires_grad=True)
+    upstream = torch.randn(3, 4)
+    reference.linear(x, packed, "int8_token").backward(upstream)
+    assert torch.allclose(x.grad, upstream @ reference.dense(packed, torch.float32), atol=1e-5)
+
+
+def test_zero_and_huge_rows_stay_finite() -> None:
+    packed = pack(torch.randn(4, 32) * 0.01, ROW8)
+    x = torch.zeros(2, 32)
+    x[1] = 65504
+    for dtype in (torch.float32, torch.float16):
+        y = reference.linear(x.to(dtype), packed, "int8_token")
+        assert torch.isfinite(y).all() and y[0].eq(0).all() and y[1].abs().sum() > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewbit.calibrate.edits import EditedSource
 from fewbit.calibrate.protocol import plan_passes
 from fewbit.quant import units
 from fewbit.quant.block import Block
@@ -15,6 +16,7 @@ from fewbit.quant.errors import FormatError
 from fewbit.quant.format import dequantize
 from fewbit.quant.layout import plan_tensors, unit_of
 from fewbit.quant.recipe import load_recipe
+from fewbit.quant.transform import Transformed
 from fewbit.quant.units import (
     SLAB_BYTES,
     DataFreeUnits,
@@ -54,9 +56,10 @@ class MemoryCheckpoint:
 
 def job_of(checkpoint, recipe="w4a16-rtn", settings=()):
     loaded = load_recipe(recipe, settings)
-    passes = plan_passes([(use.name, use.keys) for use in loaded.passes])
+    steps = plan_passes([(use.name, use.keys) for use in loaded.passes])
     plan = plan_tensors(loaded, checkpoint.config, checkpoint.tensors)
-    return Job(checkpoint, loaded, passes, plan, Path("unused"), 0, torch.device("cpu"), None)
+    cpu, model = torch.device("cpu"), Transformed(EditedSource(checkpoint), checkpoint.config)
+    return Job(checkpoint, loaded, steps.passes, plan, Path("unused"), 0, cpu, None, (), model, "")
 
 
 def stored(job):
@@ -186,8 +189,10 @@ def test_misuse_is_a_programming_error():
 def test_calibrated_is_what_asks_for_statistics():
     job = job_of(MemoryCheckpoint({"x.weight": torch.ones(4, 32)}))
     assert not job.calibrated
-    assert replace(job, passes=plan_passes([("gptq", {})])).calibrated
-    assert not replace(job, passes=plan_passes([("clip_search", {"data_free": True})])).calibrated
+    assert replace(job, passes=plan_passes([("gptq", {})]).passes).calibrated
+    assert not replace(
+        job, passes=plan_passes([("clip_search", {"data_free": True})]).passes
+    ).calibrated
 
 
 def test_a_tensor_that_its_format_refuses_is_named():

@@ -1,0 +1,170 @@
+"""Rotates activations by Hadamard matrices, so that no channel stands out.
+
+    residual      h → h Q          embedding, o and down write h Q; q, k, v, gate, up, head read it
+    value_heads   v → v Q_D        rows of v and columns of o, each head by the same Q_D
+    down_proj     x → x Q          columns of down; x is rotated at run time (online)
+
+A coefficient of h Q is a signed mean of all channels of h, so outliers spread evenly and the largest
+number of a token, which sets the step of its 8 bit, becomes smaller. RMSNorm commutes with Q once its
+gain is one (`fold_norms`); the final norm's gain goes into the head, which is untied if it was tied.
+
+Q is a Hadamard matrix over √n with random signs (`quant/hadamard.py`); an axis whose size has none
+is rotated in the largest blocks that have.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...quant.errors import CalibrationError, RecipeError
+from ...quant.hadamard import Hadamard, largest_order
+from ..edges import BlockEdges, ModelEdges, NormEdge
+from ..edits import Edit, Rotate, Side
+from ..protocol import ModelEdits, ModelTransform, ModelView
+from .fold_norms import fold
+
+EDGES = ("residual", "value_heads", "down_proj")
+_MIN_ORDER = 16  # smaller blocks would not spread an outlier
+
+
+@dataclass(frozen=True)
+class RotateOptions:
+    """edges: what is rotated, any of residual, value_heads, down_proj. signs: random signs."""
+
+    edges: Any = ("residual", "value_heads")
+    signs: bool = True
+
+    def __post_init__(self) -> None:
+        edges = self.edges
+        if not isinstance(edges, (list, tuple)) or not edges or set(edges) - set(EDGES):
+            raise RecipeError(
+                f"rotate: edges must be a list of some of {', '.join(EDGES)}; got {edges!r}"
+            )
+        object.__setattr__(self, "edges", tuple(edges))
+        if not isinstance(self.signs, bool):
+            raise RecipeError(f"rotate: signs must be true or false, got {self.signs!r}")
+
+
+def refuse(edges: ModelEdges, options: RotateOptions) -> str | None:
+    """What is missing for the wanted edges."""
+    checks = {"residual": _no_residual, "value_heads": _no_heads, "down_proj": _no_down}
+    for name in options.edges:
+        sentence = checks[name](edges)
+        if sentence:
+            return f"edge {name}: {sentence}"
+    return None
+
+
+def _no_residual(edges: ModelEdges) -> str | None:
+    if edges.final_norm is None or edges.final_kind not in ("rms", "rms1p"):
+        return "the final norm was not found, or is no RMSNorm"
+    if edges.head is None:
+        return "the model has no output embedding"
+    for block in edges.blocks:
+        if block.other_norms:
+            return f"{block.other_norms[0]} is a norm behind a sublayer (post-norm)"
+        if any(norm.kind not in ("rms", "rms1p") or norm.bias for norm in block.norms):
+            return f"a norm of {block.name} is no RMSNorm"
+        if not block.norms or len(block.writers) < 2:
+            return f"{block.name} has no norm or no output projection that is known"
+    return _no_order(edges.config.hidden_size)
+
+
+def _no_heads(edges: ModelEdges) -> str | None:
+    for block in edges.blocks:
+        if block.attention is None:
+            return f"{block.name} has no attention with separate q, k, v and o"
+        sentence = _no_order(block.attention.head_dim)
+        if sentence:
+            return sentence
+    return None
+
+
+def _no_down(edges: ModelEdges) -> str | None:
+    for block in edges.blocks:
+        if len(block.mlps) != 1:
+            return f"{block.name} has {len(block.mlps)} gated MLPs; experts are not rotated online"
+        (mlp,) = block.mlps
+        if mlp.down.key in block.unread:
+            return f"{mlp.down.key} was not seen in use"
+    return None
+
+
+def _no_order(size: int) -> str | None:
+    order = largest_order(size)
+    if order >= min(size, _MIN_ORDER):
+        return None
+    return f"no Hadamard matrix of order {size}, nor of a useful part of it, is known"
+
+
+def edits(view: ModelView, options: RotateOptions) -> ModelEdits:
+    """Rotations of all wanted edges."""
+    found: list[Edit] = []
+    basis, untie = None, False
+    if "residual" in options.edges:
+        basis = _hadamard(view.edges.config.hidden_size, view, options)
+        untie = view.edges.tied
+        found += _residual(view, basis)
+    for block in view.edges.blocks:
+        if "value_heads" in options.edges:
+            found += _value_heads(block, view, options)
+    online_found = online(view, options)
+    found += [Edit(Side(key, -1), Rotate(turn)) for key, turn in online_found.items()]
+    return ModelEdits(tuple(found), basis, untie)
+
+
+def _hadamard(size: int, view: ModelView, options: RotateOptions) -> Hadamard:
+    return Hadamard(largest_order(size), view.seed if options.signs else None)
+
+
+def _residual(view: ModelView, basis: Hadamard) -> list[Edit]:
+    edges, turn = view.edges, Rotate(basis)
+    assert edges.head is not None and edges.final_norm is not None, "refused before"
+    head = Side(edges.head, -1)
+    final = NormEdge(edges.final_norm, None, edges.final_kind, (head,))
+    found = [*fold(final, view), Edit(head, turn)]
+    if edges.embedding.key != head.key:
+        found.append(Edit(edges.embedding, turn))
+    for block in edges.blocks:
+        for norm in block.norms:
+            _require_folded(norm, view)
+            found += [Edit(reader, turn) for reader in norm.readers]
+        found += [Edit(writer, turn) for writer in block.writers]
+    return found
+
+
+def _require_folded(norm: NormEdge, view: ModelView) -> None:
+    gain = view.read(norm.gain)
+    if not bool((gain == (0.0 if norm.kind == "rms1p" else 1.0)).all()):
+        raise CalibrationError(
+            f"pass 'rotate' needs norms without gains, and {norm.gain} has one; put the pass "
+            f"fold_norms before it"
+        )
+
+
+def _value_heads(block: BlockEdges, view: ModelView, options: RotateOptions) -> list[Edit]:
+    attention = block.attention
+    assert attention is not None, "refused before"
+    turn = Rotate(_hadamard(attention.head_dim, view, options))
+    return [Edit(side, turn) for side in (*attention.v, attention.o)]
+
+
+def online(view: ModelView, options: RotateOptions) -> Mapping[str, Hadamard]:
+    """Transforms of inputs that are left to run time."""
+    if "down_proj" not in options.edges:
+        return {}
+    found = {}
+    for block in view.edges.blocks:
+        (mlp,) = block.mlps
+        size = view.read(mlp.down.key).shape[-1]
+        found[mlp.down.key] = _hadamard(size, view, options)
+    return found
+
+
+PASS = ModelTransform(
+    name="rotate",
+    Options=RotateOptions,
+    refuse=refuse,
+    edits=edits,
+    online=online,
+)

@@ -1,0 +1,407 @@
+"""The packed KV cache: one transformers cache layer for each layer of full attention.
+
+A layer of n tokens holds
+
+    pages   every token but the newest `residual`, stored (`kv_pages.py`)
+    tail    at least the newest residual + 64 tokens as they were computed, if residual > 0
+    sink    the first `sink` tokens of each row as they were computed, laid over the pages when read
+
+A token is stored when it leaves the residual window, once. Tokens of the tail beyond the window are
+there for `crop`: cropping up to 64 tokens and growing again equals never having gone on. A deeper
+crop leaves fewer dense tokens than `residual`; the others are read as stored until new ones come.
+
+`update` returns light handles, which only the attention function "fewbit_kv" understands; where the
+model looks at keys and values itself it returns decoded tensors instead (`handles=False`), whose
+ages count from the newest token of the call. Rows have one length; left padding is stored like any
+token and masked by the model, and sinks begin after it.
+
+Layers with a bound of their own (sliding windows, recurrent states) stay the library's.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from .errors import FewbitError
+from .kv_attention import Handle, KVView
+from .kv_pages import PageArena, Side
+from .kv_policy import KVPolicy
+
+_SLACK = 64  # tokens that `crop` can take back from the tail without a trace
+_RUN = 1024  # tokens decoded at once for a model that wants all of them
+
+
+class _Tail:
+    """The newest `kept` tokens or more as they were computed, first to last, from `start` on."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, kept: int) -> None:
+        self.kept = kept
+        self.start = self.stop = 0
+        self.buffers = tuple(
+            like.new_empty((*like.shape[:2], kept + _SLACK, like.shape[3]))
+            for like in (keys, values)
+        )
+
+    def push(self, new: tuple[torch.Tensor, ...], first: int) -> tuple[torch.Tensor, ...]:
+        """Add keys and values [B, heads, n, D]; all tokens from `first` on, which must be held.
+
+        What comes back may be a view, valid until the next push.
+        """
+        n_new, room = new[0].shape[2], self.buffers[0].shape[2]
+        old = tuple(b[:, :, first - self.start : self.stop - self.start] for b in self.buffers)
+        if n_new > _SLACK:  # a prompt: what it asks for does not fit the buffers
+            band = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+            self._refill(new)
+            return band
+        if self.stop - self.start + n_new > room:
+            self._shift(self.kept)
+        at = self.stop - self.start
+        for buffer, vectors in zip(self.buffers, new, strict=True):
+            buffer[:, :, at : at + n_new] = vectors
+        self.stop += n_new
+        return tuple(b[:, :, first - self.start : self.stop - self.start] for b in self.buffers)
+
+    def _refill(self, new: tuple[torch.Tensor, ...]) -> None:
+        """Keep the newest `kept` tokens of the buffers and `new` together."""
+        n_new = new[0].shape[2]
+        n_old = min(self.stop - self.start, max(0, self.kept - n_new))
+        self._shift(n_old)
+        n_taken = min(n_new, self.kept)
+        for buffer, vectors in zip(self.buffers, new, strict=True):
+            buffer[:, :, n_old : n_old + n_taken] = vectors[:, :, n_new - n_taken :]
+        self.stop += n_new
+        self.start = self.stop - n_old - n_taken
+
+    def _shift(self, n_kept: int) -> None:
+        """Move the newest tokens to the front."""
+        n_held = self.stop - self.start
+        n_kept = min(n_kept, n_held)
+        for buffer in self.buffers:
+            buffer[:, :, :n_kept] = buffer[:, :, n_held - n_kept : n_held].clone()
+        self.start = self.stop - n_kept
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget what lies at `n_tokens` and behind."""
+        self.stop = min(self.stop, n_tokens)
+        self.start = min(self.start, self.stop)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers."""
+        self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
+
+
+class _Sink:
+    """The first `count` tokens of each row after its padding, `starts` int64 [B] on the host."""
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, count: int, starts: torch.Tensor
+    ) -> None:
+        self.count = count
+        self.starts = starts
+        self.buffers = tuple(
+            like.new_zeros((*like.shape[:2], count, like.shape[3])) for like in (keys, values)
+        )
+
+    def _overlap(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(row, sink index, index in the run) of each sink token within start … stop."""
+        indices = self.starts.unsqueeze(1) + torch.arange(self.count) - start
+        rows, slots = ((indices >= 0) & (indices < stop - start)).nonzero(as_tuple=True)
+        device = self.buffers[0].device
+        return rows.to(device), slots.to(device), indices[rows, slots].to(device)
+
+    def touches(self, start: int, stop: int) -> bool:
+        """Whether some row has a sink token within start … stop."""
+        return start < int(self.starts.max()) + self.count and int(self.starts.min()) < stop
+
+    def fill(self, new: tuple[torch.Tensor, ...], start: int) -> None:
+        """Take the sink tokens among keys and values [B, heads, n, D] of positions from `start`."""
+        if not self.touches(start, start + new[0].shape[2]):
+            return
+        rows, slots, indices = self._overlap(start, start + new[0].shape[2])
+        for buffer, vectors in zip(self.buffers, new, strict=True):
+            buffer[rows, :, slots] = vectors[rows, :, indices]
+
+    def lay_over(self, run: tuple[torch.Tensor, ...], start: int) -> None:
+        """Replace the sink tokens among decoded keys and values [B, heads, n, D], in place."""
+        if not self.touches(start, start + run[0].shape[2]):
+            return
+        rows, slots, indices = self._overlap(start, start + run[0].shape[2])
+        for buffer, vectors in zip(self.buffers, run, strict=True):
+            vectors[rows, :, indices] = buffer[rows, :, slots].to(vectors.dtype)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
+        self.starts = self.starts[rows.to(self.starts.device)]
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers."""
+        self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
+
+
+class PackedLayer(CacheLayerMixin):
+    """One layer's keys and values under a policy; see the module's text.
+
+    reserve: tokens that rows are going to have, 0 if unknown. starts: position of each row's first
+    real token, int64 [B]; None if nothing is padded. handles: what `update` returns.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False  # keys and values may differ in shape, which only an update tells
+
+    def __init__(
+        self,
+        policy: KVPolicy,
+        reserve: int = 0,
+        starts: torch.Tensor | None = None,
+        handles: bool = True,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reserve = reserve
+        self.starts = starts
+        self.handles = handles
+        self.n_tokens = 0
+        self.pages: PageArena | None = None
+        self.tail: _Tail | None = None
+        self.sink: _Sink | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for keys and values shaped like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        keys, values = (
+            Side(use, like.shape[1], like.shape[3], self.dtype)
+            for use, like in (
+                (self.policy.key, key_states),
+                (self.policy.value, value_states),
+            )
+        )
+        n_rows = key_states.shape[0]
+        self.pages = PageArena((keys, values), n_rows, self.device, self.reserve)
+        if self.policy.residual:
+            self.tail = _Tail(key_states, value_states, self.policy.residual + _SLACK)
+        if self.policy.sink:
+            starts = torch.zeros(n_rows, dtype=torch.int64) if self.starts is None else self.starts
+            if starts.shape != (n_rows,):
+                raise FewbitError(
+                    f"the KV cache was made for {starts.numel()} rows of padding, got {n_rows} rows"
+                )
+            self.sink = _Sink(key_states, value_states, self.policy.sink, starts.cpu())
+        self.is_initialized = True
+
+    # The library's signature; what models pass beyond keys and values is for other caches.
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Append keys and values [B, heads, n, D]; handles for all tokens, or the tokens decoded."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self._arena().n_rows:
+            raise FewbitError(
+                f"the KV cache holds {self._arena().n_rows} rows, got {key_states.shape[0]}"
+            )
+        view = self._append(key_states, value_states)
+        if self.handles:
+            return Handle(view, 0), Handle(view, 1)
+        return self._decoded(view)
+
+    def _arena(self) -> PageArena:
+        if self.pages is None:
+            raise FewbitError("the KV cache layer is empty; update() comes first")
+        return self.pages
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> KVView:
+        pages, residual, before = self._arena(), self.policy.residual, self.n_tokens
+        new: tuple[torch.Tensor, ...] = (keys, values)
+        self.n_tokens = before + keys.shape[2]
+        if self.sink is not None:
+            self.sink.fill(new, before)
+        band_start, band = before, new
+        if self.tail is not None:
+            self.tail.crop(before)
+            band_start = max(before - residual, self.tail.start)
+            band = self.tail.push(new, band_start)
+        stored = max(self.n_tokens - residual, pages.n_tokens)
+        ripe = slice(pages.n_tokens - band_start, stored - band_start)
+        pages.append(band[0][:, :, ripe], band[1][:, :, ripe])
+        return self._view(band, band_start, keys, values)
+
+    def _view(
+        self,
+        band: tuple[torch.Tensor, ...],
+        band_start: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> KVView:
+        n_tokens, n_new, residual = self.n_tokens, keys.shape[2], self.policy.residual
+        window: int | None = None
+        if self.policy.prefill == "exact" and n_tokens == n_new:
+            stored, band, band_start = 0, (keys, values), 0
+        elif residual == 0:
+            stored, band, band_start = n_tokens, (), n_tokens
+        elif n_new == 1:
+            stored = max(n_tokens - residual, band_start)
+            band = tuple(vectors[:, :, stored - band_start :] for vectors in band)
+            band_start = stored
+        else:
+            stored, window = max(n_tokens - residual, band_start), residual
+        shapes = (_length(keys, n_tokens), _length(values, n_tokens))
+        return KVView(
+            n_tokens,
+            n_new,
+            stored,
+            self._read,
+            (band[0], band[1]) if band else None,
+            band_start,
+            window,
+            shapes,
+            self.dtype,
+            keys.device,
+        )
+
+    def _read(
+        self, start: int, stop: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        run = self._arena().read(start, stop, dtype)
+        if self.sink is not None:
+            self.sink.lay_over(run, start)
+        return run
+
+    def _decoded(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens in the model's dtype; the newest `residual` dense, whoever asks."""
+        if view.stored == 0 and view.band is not None:
+            return view.band
+        device = self._arena().device
+        keys, values = (torch.empty(s, dtype=self.dtype, device=device) for s in view.shapes)
+        for start in range(0, view.stored, _RUN):
+            stop = min(start + _RUN, view.stored)
+            keys[:, :, start:stop], values[:, :, start:stop] = self._read(start, stop, self.dtype)
+        if view.band is not None:
+            first = view.stored - view.band_start
+            keys[:, :, view.stored :] = view.band[0][:, :, first:]
+            values[:, :, view.stored :] = view.band[1][:, :, first:]
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that the next call of `query_length` tokens sees, offset of the first)."""
+        return self.n_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.n_tokens
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest −n tokens; a positive n is the library's older form, the length left."""
+        if not self.is_initialized:
+            return
+        left = tokens_to_remove if tokens_to_remove > 0 else self.n_tokens + tokens_to_remove
+        self.n_tokens = max(0, min(left, self.n_tokens))
+        self._arena().truncate(self.n_tokens)
+        if self.tail is not None:
+            self.tail.crop(self.n_tokens)
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.crop(-self.n_tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; pages are shared, not copied."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (int64, or a boolean mask), in this order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        if not self.is_initialized:
+            return
+        self._arena().select(indices)
+        for part in (self.tail, self.sink):
+            if part is not None:
+                part.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        if self.is_initialized:
+            rows = torch.arange(self._arena().n_rows)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move everything back to where the model computes."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        for part in (self.pages, self.tail, self.sink):
+            if part is not None:
+                part.to(device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes allocated: pages, used or not, their table, tail and sinks."""
+        tensors = [] if self.pages is None else list(self.pages.tensors())
+        for part in (self.tail, self.sink):
+            tensors += [] if part is None else part.buffers
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _length(like: torch.Tensor, n_tokens: int) -> torch.Size:
+    return torch.Size((like.shape[0], like.shape[1], n_tokens, like.shape[3]))
+
+
+class KVCache(Cache):
+    """A transformers cache in which every layer of full attention is a `PackedLayer`.
+
+    config: the model's (or its text part's). max_tokens: reserved for each row; 0 grows as needed.
+    starts: position of each row's first real token in a left-padded batch, int64 [B].
+    handles: see the module's text; only for models whose attention is "fewbit_kv".
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: KVPolicy,
+        max_tokens: int = 0,
+        starts: torch.Tensor | None = None,
+        handles: bool = True,
+    ) -> None:
+        layers = [
+            PackedLayer(policy, max_tokens, starts, handles) if is_packed(layer) else layer
+            for layer in DynamicCache(config=config).layers
+        ]
+        super().__init__(layers=layers)
+        self.policy = policy
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes allocated by all layers, the library's own included."""
+        return sum(
+            layer.n_bytes if isinstance(layer, PackedLayer) else _stock_bytes(layer)
+            for layer in self.layers
+        )
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether a layer of the library's dynamic cache is one that a `PackedLayer` replaces."""
+    return type(layer) is DynamicLayer
+
+
+def _stock_bytes(layer: Any) -> int:
+    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for states in ("conv_states", "recurrent_states"):
+        tensors += getattr(layer, states, {}).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
