@@ -14,8 +14,8 @@ latent attention, MLPs without a gate.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,11 +65,15 @@ class AttentionEdge:
 
 @dataclass(frozen=True)
 class MlpEdge:
-    """A gated MLP or one expert: rows of gate and up (weight and bias), columns of down."""
+    """A gated MLP or one expert: rows of gate and up (weight and bias), columns of down.
+
+    turned: the input of down is transformed at run time, so its columns no longer belong to rows.
+    """
 
     gate: tuple[Side, ...]
     up: tuple[Side, ...]
     down: Side
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,15 @@ def find_edges(graph: ModelGraph, windows: torch.Tensor) -> ModelEdges:
             graph.release(index)
         blocks.append(_block_edges(graph, index, kinds[kind], firsts[kind]))
     return _model_edges(graph, tuple(blocks))
+
+
+def with_online(edges: ModelEdges, keys: Collection[str]) -> ModelEdges:
+    """`edges` after the inputs of the weights `keys` were given to a transform at run time."""
+    blocks = (
+        replace(block, mlps=tuple(replace(m, turned=m.down.key in keys) for m in block.mlps))
+        for block in edges.blocks
+    )
+    return replace(edges, blocks=tuple(blocks))
 
 
 def kind_of_blocks(graph: ModelGraph) -> dict[int, int]:

@@ -181,10 +181,10 @@ def edits_bytes(edits: Sequence[Edit]) -> bytes:
         entry: dict[str, Any] = {"side": [side.key, side.axis, side.start, side.stop]}
         if isinstance(change, Scale):
             entry["op"] = "scale"
-            tensors[str(index)] = change.factors.cpu().double().contiguous()
+            tensors[str(index)] = change.factors.cpu().double().clone()
         elif isinstance(change, Permute):
             entry["op"] = "permute"
-            tensors[str(index)] = change.order.cpu().contiguous()
+            tensors[str(index)] = change.order.cpu().clone()  # edits may share one tensor
         elif isinstance(change, Rotate):
             entry.update(op="rotate", rotation=[change.rotation.order, change.rotation.seed])
         else:

@@ -198,9 +198,8 @@ class AttentionProbe:
         logits. To second order that is twice the divergence of the softmax from what it was; a term
         that all keys have in common costs nothing."""
         logits = (self.q @ delta.unsqueeze(2).mT) * (self.far * self.scaling)
-        mean = (self.probabilities * logits).sum(-1)
-        square = (self.probabilities * logits.square_()).sum(-1)
-        return (square - mean.square()).sum((0, 2, 3))
+        logits -= (self.probabilities * logits).sum(-1, keepdim=True)
+        return (logits.square_() * self.probabilities).sum((0, 2, 3, 4))
 
 
 def _rows(heads: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Public names of fewbit, resolved when they are first used.
 
     from fewbit import quant
-    quant.quantize("path-or-hub-id", "out", recipe="w4a16")
+    quant.quantize("path-or-hub-id", "out", recipe="w4a8kv4")
     model = quant.load("out")
 
 The import itself costs milliseconds: neither torch nor transformers is imported before a name is

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="the main job on the bundled model")
     demo.add_argument("-o", "--out", help="keep the result in this folder")
-    demo.add_argument("--recipe", default="w4a16")
+    demo.add_argument("--recipe", default="w4a8kv4")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -69,7 +69,7 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument("source", help="folder or hub id (safetensors)")
     parser.add_argument("-o", "--out", required=True, help="folder; an unfinished run resumes")
     parser.add_argument(
-        "--recipe", default="w4a16", help="name (see `fewbit recipes`) or FILE.toml"
+        "--recipe", default="w4a8kv4", help="name (see `fewbit recipes`) or FILE.toml"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",

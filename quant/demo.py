@@ -46,7 +46,7 @@ def _run(source: Path, target: Path, recipe: str) -> int:
     print(summary_text(report))
     rows = []
     for label, path in (("original", source), (recipe, target)):
-        result = evaluate(path, against=source, length=LENGTH)
+        result = evaluate(path, against=source, length=LENGTH, decode=True)
         tokenizer = load_tokenizer(path)
         rows.append((label, result, decode_speed(load_any(path), tokenizer)))
     print(f"\n{'':12s}{'bits/weight':>12s}{'bytes':>12s}{'perplexity':>12s}{'ratio':>9s}"

@@ -49,6 +49,7 @@ from ..export.metadata import VERSION, read_manifest
 from ..export.safetensors_file import map_entries
 from .errors import CheckpointError
 from .format import dequantize
+from .fused import find_groups, fuse
 from .hub import fetch_manifest
 from .kv_install import install
 from .kv_policy import parse_kv
@@ -188,6 +189,8 @@ class FewbitQuantizer(HfQuantizer):
         _restore_dtypes(model, self._dtypes)
         _keep_names(model, self._plan)
         self._stored = self._plan = None
+        for group in find_groups(model):
+            fuse(group)
         if "kv" in self.quantization_config.__dict__:
             install(model, parse_kv(self.quantization_config.kv, "kv"))
         return model

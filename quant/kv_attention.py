@@ -29,6 +29,7 @@ from .errors import FewbitError
 
 NAME = "fewbit_kv"
 _RUN_ELEMENTS = 1 << 20  # decoded numbers of keys at once: 4 MB in fp32
+_PROMPT_RUN = 256  # keys at once for a long call
 _SCORES = 1 << 22  # scores at once: 16 MB
 
 Read = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -191,6 +192,8 @@ def _runs(view: KVView) -> Iterator[_Run]:
     n_rows, kv_heads, _, head_dim = view.shapes[0]
     width = max(head_dim, view.shapes[1][-1])
     step = max(64, _RUN_ELEMENTS // (n_rows * kv_heads * width) // 64 * 64)
+    if view.n_queries > _PROMPT_RUN:
+        step = min(step, _PROMPT_RUN)  # so that queries before a run can skip it
     two_forms = view.residual is not None
     for start in range(0, view.stored, step):
         keys, values = view.read(start, min(start + step, view.stored))
@@ -293,7 +296,9 @@ def kv_attention(
     )
     if isinstance(key, Handle):
         if not isinstance(value, Handle) or value.view is not key.view:
-            raise FewbitError("keys and values of an attention call must come from one cache update")
+            raise FewbitError(
+                "keys and values of an attention call must come from one cache update"
+            )
         return attend(key.view, query, scoring).transpose(1, 2).contiguous(), None
     assert isinstance(value, torch.Tensor), "keys are a plain tensor, values are not"
     return _whole(query, key, value, scoring).transpose(1, 2).contiguous(), None

@@ -27,7 +27,15 @@ from .errors import RecipeError
 from .kv_attention import NAME, register
 from .kv_policy import KVPolicy
 
-_KEYWORDS = {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
+_KEYWORDS = {
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "is_causal",
+    "position_ids",
+}
 
 
 def install(model: Any, policy: KVPolicy) -> None:
@@ -118,8 +126,9 @@ def _prepare_cache(
     if made is None or made is given or asked:
         return
     mask = model_kwargs.get("attention_mask")
-    padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
-    starts = (mask != 0).int().argmax(dim=1) if padded else None
+    starts = None
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        starts = (mask > 0).int().argmax(dim=1)
     cache = new_cache(self, max_cache_length, starts)
     if generation_config.is_assistant:
         cache.activate_past_recording()  # as the library did with its own

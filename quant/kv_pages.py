@@ -117,7 +117,9 @@ class PageArena:
             side.decode(
                 {
                     # [rows, pages, heads, 64, …] → [rows, heads, tokens, …], while it is small
-                    name: part[pages].transpose(1, 2).flatten(2, 3)[:, :, start - first : stop - first]
+                    name: part[pages]
+                    .transpose(1, 2)
+                    .flatten(2, 3)[:, :, start - first : stop - first]
                     for name, part in parts.items()
                 },
                 dtype,

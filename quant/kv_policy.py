@@ -14,7 +14,7 @@ says: the first call on an empty cache attends to its keys and values as they we
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import RecipeError, nearest_name
@@ -22,7 +22,6 @@ from .format import parse_options
 from .page_format import find_page_format
 
 PREFILLS = ("stored", "exact")
-_COUNTS = ("residual", "sink")
 _MOST_DENSE = 1 << 16  # tokens; beyond it nothing is left to store
 
 
@@ -63,7 +62,7 @@ def parse_kv(tree: Mapping[str, Any], where: str) -> KVPolicy:
     """The policy in a `[kv]` table. RecipeError, beginning with `where`, names what is wrong."""
     if not isinstance(tree, Mapping):
         raise RecipeError(f"{where} must be a table, got {tree!r}")
-    allowed = ("key", "value", *_COUNTS, "prefill")
+    allowed = [field.name for field in fields(KVPolicy)]
     for name in tree:
         if name not in allowed:
             raise RecipeError(
@@ -77,9 +76,10 @@ def parse_kv(tree: Mapping[str, Any], where: str) -> KVPolicy:
             f"{nearest_name(str(prefill), PREFILLS)}"
         )
     return KVPolicy(
-        _page_use(tree, "key", where),
-        _page_use(tree, "value", where),
-        *(_count(tree, name, where) for name in _COUNTS),
+        key=_page_use(tree, "key", where),
+        value=_page_use(tree, "value", where),
+        residual=_count(tree, "residual", where),
+        sink=_count(tree, "sink", where),
         prefill=prefill,
     )
 

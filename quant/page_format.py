@@ -23,9 +23,7 @@ class PageFormat(Protocol):
     name: str
     Options: type[Any]  # frozen dataclass; its fields are the recipe keys
 
-    def part_specs(
-        self, head_dim: int, dtype: torch.dtype, options: Any
-    ) -> dict[str, PartSpec]:
+    def part_specs(self, head_dim: int, dtype: torch.dtype, options: Any) -> dict[str, PartSpec]:
         """Stored parts of one vector [D] of a model that computes in `dtype`. FormatError if D is
         impossible."""
         ...

@@ -31,6 +31,7 @@ from ..export.writer import CheckpointWriter, UnitPlan
 from . import publish
 from .device import calibration_dtype, resolve_device
 from .errors import CalibrationError, RecipeError
+from .kv_policy import KVPolicy
 from .layout import plan_tensors, unit_of
 from .preflight import check_resources, peak_resident_bytes, text_config
 from .recipe import load_recipe
@@ -56,7 +57,7 @@ def quantize(
     source: str | Path,
     out: str | Path,
     *,
-    recipe: str = "w4a16",
+    recipe: str = "w4a8kv4",
     settings: Sequence[str] = (),
     calib: str | None = None,
     samples: int | None = None,
@@ -123,6 +124,7 @@ def _prepare(
     target = resolve_device(device)
     checkpoint = Checkpoint.open(source, revision)
     _refuse_passes(checkpoint, steps.passes)
+    _check_kv(checkpoint, recipe.kv)
     model = transform_model(checkpoint, steps, seed, target)
     plan = plan_tensors(recipe, model.config, model.source.tensors)
     if recipe.quantizes and not any(tensor.rule for tensor in plan.values()):
@@ -135,6 +137,16 @@ def _prepare(
         checkpoint, recipe, steps.passes, plan, out, seed, target, None, steps.block, model, names
     )
     return _with_calibration(job, calib) if job.calibrated else job
+
+
+def _check_kv(checkpoint: Checkpoint, policy: KVPolicy | None) -> None:
+    """RecipeError if the model's cache cannot follow the policy: tried on a graph without weights."""
+    if policy is None:
+        return
+    from ..calibrate.skeleton import build_skeleton
+    from .kv_install import install
+
+    install(build_skeleton(checkpoint.config, torch.bfloat16), policy)
 
 
 def _refuse_passes(checkpoint: Checkpoint, passes: Sequence[PlannedPass]) -> None:

@@ -15,6 +15,7 @@ does not grow with rows × vocabulary. Both models run side by side on the same 
 spilled to disk, and no figure is averaged here over more than a window.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -141,6 +142,11 @@ def _stepwise_logits(model: Any, rows: torch.Tensor, step: int) -> torch.Tensor:
     """Logits [batch, R, V] of token rows [batch, R], `step` tokens at a time through the cache."""
     from .kv_install import new_cache
 
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise CheckpointError(
+            f"{type(model).__name__} reads no key-value cache, so it cannot be scored step by step; "
+            f"leave out --decode"
+        )
     cache = new_cache(model, max_tokens=rows.shape[1])
     parts = []
     with torch.no_grad():

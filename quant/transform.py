@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..calibrate.check import block_output, require_same
-from ..calibrate.edges import ModelEdges, find_edges, kind_of_blocks
+from ..calibrate.edges import ModelEdges, find_edges, kind_of_blocks, with_online
 from ..calibrate.edits import Edit, EditedSource, edits_bytes, load_edits
 from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.observe import observe
@@ -72,8 +72,6 @@ def transform_model(
     edges = find_edges(plain, _trial_tokens(plain))
     for item in plan.model:
         _refuse(item.step.name, item.step.refuse(edges, item.options), edges)
-    for part in plan.block:
-        _refuse(part.step.name, part.step.refuse(edges, part.options), edges)
     view = ModelView(edges, lambda key: _wide(source.read(key)), seed)
     basis: Hadamard | None = None
     online: dict[str, Hadamard] = {}
@@ -85,6 +83,9 @@ def transform_model(
         source.add(found.edits)
         basis = found.basis or basis
         online.update(step.step.online(view, step.options))
+    edges = with_online(edges, online.keys())
+    for part in plan.block:
+        _refuse(part.step.name, part.step.refuse(edges, part.options), edges)
     made = Transformed(source, config, edges, basis, online)
     _check_model(plain, checkpoint, made, plan)
     return made

@@ -58,17 +58,17 @@ def _plant_layer(
         ("input_layernorm", [f"{attention}{n}_proj" for n in "qkv"]),
         ("post_attention_layernorm", [f"{mlp}gate_proj", f"{mlp}up_proj"]),
     ):
-        factors = _some(hidden, 6, GAIN, g)
+        factors = _some(hidden, 16, GAIN, g)
         tensors[f"{prefix}{norm}.weight"] *= factors.to(torch.bfloat16)
         for reader in readers:
             scale_columns(reader, 1 / factors)
-    pairs = torch.cat([_some(head_dim // 2, 2, KEY, g).repeat(2) for _ in range(kv_heads)])
+    pairs = torch.cat([_some(head_dim // 2, 4, KEY, g).repeat(2) for _ in range(kv_heads)])
     scale_rows(f"{attention}k_proj", pairs)
     scale_rows(f"{attention}q_proj", 1 / _for_queries(pairs, heads // kv_heads, head_dim))
-    values = torch.cat([_some(head_dim, 3, VALUE, g) for _ in range(kv_heads)])
+    values = torch.cat([_some(head_dim, 6, VALUE, g) for _ in range(kv_heads)])
     scale_rows(f"{attention}v_proj", values)
     scale_columns(f"{attention}o_proj", 1 / _for_queries(values, heads // kv_heads, head_dim))
-    ups = _some(config["intermediate_size"], 8, UP, g)
+    ups = _some(config["intermediate_size"], 24, UP, g)
     scale_rows(f"{mlp}up_proj", ups)
     scale_columns(f"{mlp}down_proj", 1 / ups)
 

@@ -1,14 +1,21 @@
 """Searches the scales of each group of columns among those that its format offers.
 
-A format knows which joint choices of step, shift and range are worth a try (`Format.candidates`); this
-pass knows what they cost. For each candidate the weights are rounded to nearest, and each row keeps,
-for each group g of columns, the candidate of least output error
+A format knows which joint choices of step, shift and range are worth a try (`Format.candidates`);
+this pass knows what they cost. For each candidate the weights are rounded to nearest, d = w − ŵ, and
+each row keeps, for each group g of columns, the candidate of least error; parts that are stored once
+for each group are mixed from all candidates. H is XᵀX / tokens over the calibration inputs, λ is 1 %
+of its mean diagonal.
 
-    error(row, g) = d H_gg dᵀ          d = (w − ŵ)_g, H_gg the group's block of XᵀX / tokens
+    "conditional"   Σ d_k² / [(H + λ)⁻¹]_kk, k in g    what the error of a column costs once all other
+                                                        columns have repaid what they can: for `gptq`
+    "group"         d_g H_gg d_gᵀ                       the group's output error: for nearest rounding
 
-so that the parts which are stored once for each group are mixed from all candidates. Without statistics
-(`data_free`, or an expert that saw no token) H is the identity: plain weight error.
+Measured on the bundled model (18 linears, `int_two_level`, output error after `gptq` relative to fitted
+scales): conditional 0.92, plain weight error 0.93, group 0.95. After nearest rounding, group is best
+(0.68, plain weight error 0.86). Choosing again among neighbouring steps and shifts once `gptq` had
+fixed the codes moved 1 % of the groups and gained less than one more sweep of `gptq` does.
 
+Without statistics (`data_free`, or an expert that saw no token) the error is Σ d². Padding is free.
 The result is left in `Weight.scales`, which rounding passes use instead of fitting; nothing is rounded
 here. Rows are worked through in chunks that fit the processor's cache.
 """
@@ -23,16 +30,23 @@ from ...quant.format import Parts
 from ..matrices import MatrixBatch, batches, matrices
 from ..protocol import Pass, Stats
 
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 19
+DAMPING = 0.01  # share of the mean diagonal of H, as in `gptq`
 
 
 @dataclass(frozen=True)
 class ScaleSearchOptions:
-    """data_free: minimise the weight error instead of the output error."""
+    """metric: "conditional" when `gptq` rounds afterwards, "group" when nearest rounding does.
+    data_free: minimise the weight error, needs no statistics."""
 
+    metric: str = "conditional"
     data_free: bool = False
 
     def __post_init__(self) -> None:
+        if self.metric not in ("conditional", "group"):
+            raise RecipeError(
+                f"scale_search: metric must be 'conditional' or 'group', got {self.metric!r}"
+            )
         if not isinstance(self.data_free, bool):
             raise RecipeError(f"scale_search: data_free must be true or false: {self.data_free!r}")
 
@@ -44,15 +58,19 @@ def run(block: Block, stats: Stats, options: ScaleSearchOptions) -> Block:
     without = [matrix for matrix in found if matrix.moments is None]
     for part in (with_data, without):
         for batch in batches(part):
-            batch.leave_scales(search(batch))
+            batch.leave_scales(search(batch, options))
     return block
 
 
-def search(batch: MatrixBatch) -> Parts:
+def search(batch: MatrixBatch, options: ScaleSearchOptions) -> Parts:
     """Best scale parts [B, N, ...] of a batch."""
     values = batch.values()
     size = batch.format.group_size(values.shape[-1], batch.options)
-    metric = _group_metric(batch, size)
+    has_data = all(matrix.moments is not None for matrix in batch.matrices)
+    if has_data and options.metric == "group":
+        metric = _blocks(batch.hessians(), size)
+    else:
+        metric = _column_costs(batch, has_data).unflatten(-1, (-1, size))
     step = max(1, CHUNK_ELEMENTS // (values.shape[0] * values.shape[-1]))
     chunks = [
         _search_rows(batch, values[:, start : start + step], size, metric)
@@ -61,15 +79,14 @@ def search(batch: MatrixBatch) -> Parts:
     return {name: torch.cat([chunk[name] for chunk in chunks], -2) for name in chunks[0]}
 
 
-def _search_rows(
-    batch: MatrixBatch, rows: torch.Tensor, size: int, metric: torch.Tensor | None
-) -> Parts:
+def _search_rows(batch: MatrixBatch, rows: torch.Tensor, size: int, metric: torch.Tensor) -> Parts:
     """Best scale parts of `rows` [B, n, K]."""
     best: Parts = {}
     least = rows.new_full((*rows.shape[:-1], rows.shape[-1] // size), torch.inf)
     for scales in batch.format.candidates(rows, batch.options):
         _, rounded = batch.format.round(rows, scales, 0, batch.options)
         error = _group_error(rounded.sub_(rows).unflatten(-1, (-1, size)), metric)
+        error.clamp_(min=0)  # statistics that are not positive must not reward errors
         if not best:  # also what stays if statistics are NaN
             best, least = scales, error
             continue
@@ -84,19 +101,38 @@ def _mixed(better: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.
     return torch.where(better, new, old) if new.shape == better.shape else old
 
 
-def _group_metric(batch: MatrixBatch, size: int) -> torch.Tensor | None:
-    """Diagonal blocks of the Hessian, [B, groups, size, size]; None for the identity."""
-    if any(matrix.moments is None for matrix in batch.matrices):
-        return None
-    hessian = batch.hessians()
+def _blocks(hessian: torch.Tensor, size: int) -> torch.Tensor:
+    """Diagonal blocks [B, groups, size, size] of H [B, K, K]."""
     starts = range(0, hessian.shape[-1], size)
     return torch.stack([hessian[:, i : i + size, i : i + size] for i in starts], dim=1)
 
 
-def _group_error(delta: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
-    """d H_gg dᵀ for delta [B, n, groups, size]."""
-    if metric is None:
-        return delta.square().sum(-1)
+def _column_costs(batch: MatrixBatch, has_data: bool) -> torch.Tensor:
+    """Cost [B, padded K] of a unit error in each column; zero in the padding."""
+    if has_data:
+        costs = _conditional(batch.hessians())
+    else:
+        costs = batch.values().new_ones(len(batch.matrices), batch.padded_k)
+    costs[:, batch.matrices[0].k :] = 0
+    return costs
+
+
+def _conditional(hessian: torch.Tensor) -> torch.Tensor:
+    """1 / [(H + λ)⁻¹]_kk, [B, K]; the diagonal of H where that cannot be factorised."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    extra = (DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    damped = hessian.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(extra)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    inverse = torch.cholesky_inverse(lower).diagonal(dim1=-2, dim2=-1)
+    return torch.where((failed != 0).unsqueeze(-1), diagonal, inverse.reciprocal())
+
+
+def _group_error(delta: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """Error [B, n, groups] of `delta` [B, n, groups, size], which is overwritten. `metric`: blocks
+    [B, groups, size, size], or costs of columns [B, groups, size]."""
+    if metric.dim() == 3:
+        return delta.square_().mul_(metric.unsqueeze(1)).sum(-1)
     by_group = delta.transpose(1, 2)  # [B, groups, n, size]
     return ((by_group @ metric) * by_group).sum(-1).transpose(1, 2)
 

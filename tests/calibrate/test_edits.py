@@ -117,6 +117,7 @@ def test_kept_edits_do_the_same(source: RowSource, tmp_path: Path) -> None:
         Edit(Side(NAME, -2), Scale(torch.rand(96, generator=GENERATOR).double())),
         Edit(Side("model.norm.weight"), Fill(1.0)),
     ]
+    edits.append(Edit(Side("model.layers.1.mlp.up_proj.weight", -2), edits[1].change))  # shared
     path = tmp_path / "kept"
     path.write_bytes(edits_bytes(edits))
     first, second = EditedSource(source), EditedSource(source)

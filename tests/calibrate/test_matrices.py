@@ -1,5 +1,6 @@
 """Matrices: weights with one input are joined, equal experts are stacked, and both find back."""
 
+import pytest
 import torch
 
 from fewbit.calibrate.matrices import Rounded, batches, expert_key, matrices
@@ -62,3 +63,27 @@ def test_rounded_codes_return_to_their_weights():
         scales = STORE.fit(member.value, member.options)
         _, expected = STORE.round(member.value, scales, 0, member.options)
         assert torch.equal(found, expected)
+
+
+def test_scales_left_by_a_search_find_back_and_replace_fitting():
+    members = [weight("q", (4, 32), "x"), weight("kk", (2, 32), "x"), weight("e", (3, 4, 32), "e")]
+    found = list(matrices(Block("b", members), {}))
+    for batch in batches(found):
+        values = batch.values()
+        fitted = batch.scales(values)
+        assert torch.equal(fitted["scale_group"], STORE.fit(values, batch.options)["scale_group"])
+        batch.leave_scales({"scale_group": fitted["scale_group"] * 2})
+    for member in members:
+        expected = STORE.fit(member.value, member.options)["scale_group"] * 2
+        assert torch.equal(member.scales["scale_group"], expected)
+    for batch in batches(list(matrices(Block("b", members), {}))):
+        fitted = STORE.fit(batch.values(), batch.options)["scale_group"]
+        assert torch.equal(batch.scales(batch.values())["scale_group"], fitted * 2)
+
+
+def test_scales_on_a_part_of_joined_rows_are_refused():
+    members = [weight("q", (4, 32), "x"), weight("kk", (2, 32), "x")]
+    batch = next(batches(list(matrices(Block("b", members), {}))))
+    members[0].scales = STORE.fit(members[0].value, members[0].options)
+    with pytest.raises(RuntimeError, match="kk: no scales, but its neighbours"):
+        batch.scales(batch.values())

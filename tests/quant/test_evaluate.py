@@ -1,5 +1,6 @@
 """The protocol of `eval`: windows, figures, sizes, refusals; the bundled model's known numbers."""
 
+import copy
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.quant.errors import CalibrationError, CheckpointError, FewbitError
+from fewbit.quant.errors import CalibrationError, CheckpointError
 from fewbit.quant.evaluate import (
     Evaluation,
     decode_speed,
@@ -19,6 +20,8 @@ from fewbit.quant.evaluate import (
     summarize,
 )
 from fewbit.quant.generate import load_any
+from fewbit.quant.kv_install import install
+from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.load import load_tokenizer
 from fewbit.quant.pipeline import quantize
 from fewbit.quant.score import Measured, evaluate_model
@@ -170,9 +173,26 @@ def test_a_quantized_checkpoint_against_its_source(tmp_path: Path) -> None:
     assert found.log_ratio_se is not None and 0 < found.log_ratio_se < 0.02
 
 
-def test_decode_mode_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(FewbitError, match="--decode is not available"):
-        evaluate(tmp_path / "absent", decode=True)
+def test_decode_reads_in_steps_and_gives_the_same_figures_without_a_policy() -> None:
+    settings: dict[str, Any] = {"length": 64, "max_tokens": 512, "device": "cpu"}
+    whole = evaluate(BUNDLED, dtype=torch.float32, **settings)
+    stepwise = evaluate(BUNDLED, BUNDLED, dtype=torch.float32, decode=True, **settings)
+    assert stepwise.window_losses == pytest.approx(whole.window_losses, rel=1e-4)
+    assert stepwise.perplexity_ratio == pytest.approx(1.0, abs=1e-5)
+    assert stepwise.tokens == whole.tokens == 8 * 63
+
+
+def test_decode_measures_the_packed_cache_against_a_reference_without_it(
+    model: Any, tokenizer: Any
+) -> None:
+    windows = evaluation_windows(model, tokenizer, length=256, max_tokens=8 * 256)
+    packed = copy.deepcopy(model)
+    table = {"format": "int4_head"}
+    install(packed, parse_kv({"key": table, "value": table}, "kv"))
+    found = summarize(evaluate_model(packed, windows, model, step=16), 0, 32, 0)
+    assert found.perplexity_ratio is not None and 1.001 < found.perplexity_ratio < 1.02
+    unseen = summarize(evaluate_model(packed, windows, model), 0, 32, 0)
+    assert unseen.perplexity_ratio == pytest.approx(1.0, abs=1e-5)
 
 
 def test_decode_speed_counts_tokens_per_second(model: Any, tokenizer: Any) -> None:

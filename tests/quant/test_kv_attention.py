@@ -152,7 +152,7 @@ def test_wrong_masks_and_pairs_are_named() -> None:
     other = view_of(parts, 20, 20, None)
     with pytest.raises(FewbitError, match="one cache update"):
         kv_attention.kv_attention(module, parts[0], Handle(view, 0), Handle(other, 1), None)
-    with pytest.raises(FewbitError, match="no dropout, got 0.5"):
+    with pytest.raises(FewbitError, match=r"no dropout, got 0\.5"):
         kv_attention.kv_attention(
             module, parts[0], Handle(view, 0), Handle(view, 1), None, dropout=0.5
         )

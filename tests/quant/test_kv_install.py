@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from torch import nn
 
+import tiny_models
 from fewbit.quant import kv_install
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.kv_attention import NAME
@@ -180,9 +180,9 @@ def test_bare_forwards_work_with_and_without_a_cache(arch: str) -> None:
             for at in range(0, 20, 5)
         ]
     real = mask.bool()
-    torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-3, atol=1e-3)
     cached = torch.cat([part.logits for part in parts], dim=1)
-    torch.testing.assert_close(cached[real], wanted[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cached[real], wanted[real], rtol=1e-3, atol=1e-3)
 
 
 def test_a_conversation_goes_on_from_a_returned_cache() -> None:

@@ -62,7 +62,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_missing_parts_and_wrong_types_are_named() -> None:
-    with pytest.raises(RecipeError, match="kv.value must be a table"):
+    with pytest.raises(RecipeError, match=r"kv\.value must be a table"):
         parse_kv({"key": INT4}, "kv")
     with pytest.raises(RecipeError, match="kv must be a table, got 3"):
         parse_kv(3, "kv")  # type: ignore[arg-type]

@@ -13,5 +13,5 @@ def test_formats_in_the_folder_are_found() -> None:
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match="'int4_heads'.*did you mean 'int4_head'.*dense_head"):
+    with pytest.raises(RecipeError, match=r"'int4_heads'.*did you mean 'int4_head'.*dense_head"):
         find_page_format("int4_heads")

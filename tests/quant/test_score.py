@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tiny_models
 from fewbit.quant import score
 from fewbit.quant.errors import CheckpointError
+from fewbit.quant.kv_install import install
+from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.score import evaluate_model
 
 
@@ -26,6 +29,13 @@ class Table:
         assert not use_cache
         self.forwards.append(input_ids.shape[0])
         return SimpleNamespace(logits=self.table[input_ids])
+
+
+class Cacheless(Table):
+    """Takes tokens only."""
+
+    def forward(self, input_ids: torch.Tensor) -> None:
+        raise AssertionError("the model ran")
 
 
 def tables(vocabulary: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,3 +118,25 @@ def test_foreign_tokenizers_and_references_are_named() -> None:
         evaluate_model(Table(ours), torch.tensor([[1, 11]]))
     with pytest.raises(CheckpointError, match=r"vocabularies differ \(11 and 12 entries\)"):
         evaluate_model(Table(ours), rows(), Table(torch.zeros(12, 12)))
+
+
+@pytest.mark.parametrize("window", [{}, {"residual": 5, "sink": 2}], ids=["all", "window"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3_next"])
+def test_steps_of_any_size_give_the_same_figures(arch: str, window: dict[str, int]) -> None:
+    model, windows = tiny_models.make_model(arch), tiny_models.make_tokens(5, 33)
+    whole = evaluate_model(model, windows).window_losses
+    plain = evaluate_model(model, windows, step=16).window_losses
+    torch.testing.assert_close(plain, whole, rtol=1e-4, atol=1e-4)
+    table = {"format": "int4_head"}
+    install(model, parse_kv({"key": table, "value": table, **window}, "kv"))
+    bare = evaluate_model(model, windows).window_losses
+    torch.testing.assert_close(bare, whole, rtol=1e-4, atol=1e-4)
+    steps = [evaluate_model(model, windows, step=n, batch=2).window_losses for n in (1, 16, 33)]
+    for found in steps:
+        torch.testing.assert_close(found, steps[0], rtol=1e-4, atol=1e-4)
+    assert float((steps[0] - whole).abs().max()) > 1e-3, "the packed cache was not in the loop"
+
+
+def test_models_without_a_cache_are_named() -> None:
+    with pytest.raises(CheckpointError, match="Cacheless reads no key-value cache"):
+        evaluate_model(Cacheless(tables()[0]), rows(), step=4)

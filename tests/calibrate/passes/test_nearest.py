@@ -58,3 +58,17 @@ def test_a_target_is_what_gets_rounded():
     weight = Weight("w", value, "int_group", STORE.Options(bits=8), target=value * 2)
     assert torch.allclose(dequantize(nearest.round_nearest(weight)), value * 2, atol=0.1)
     assert not weight.measured  # the sums would be those of the target
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (3, 7, 200)])
+def test_scales_of_a_search_replace_fitting(shape, monkeypatch):
+    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", 2 * shape[-1])
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    options = STORE.Options(bits=4, group=16, symmetric=False)
+    full = torch.nn.functional.pad(value, (0, STORE.padded_k(shape[-1], options) - shape[-1]))
+    scales = STORE.fit(full * 0.5, options)
+    weight = Weight("w", value, "int_group", options, scales=scales)
+    found = nearest.round_nearest(weight).terms[0].parts
+    codes, _ = STORE.round(full, scales, 0, options)
+    for name, part in STORE.pack(codes, scales, options).items():
+        assert torch.equal(found[name], part)
