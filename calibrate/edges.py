@@ -48,6 +48,7 @@ class AttentionEdge:
     """Projections of one attention layer: rows of q, k, v (of weight and bias) and columns of o.
 
     q_gain, k_gain: gains [head_dim] of norms between projection and RoPE, None if there are none.
+    gain_shift: what is added to those gains before they multiply: 0, or 1.
     rotary: leading entries of a head that RoPE turns, in pairs (i, i + rotary / 2).
     """
 
@@ -61,6 +62,7 @@ class AttentionEdge:
     kv_heads: int
     head_dim: int
     rotary: int
+    gain_shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,16 @@ def find_edges(graph: ModelGraph, windows: torch.Tensor) -> ModelEdges:
     inputs = graph.start(windows, windows.shape[0])[0]
     kinds: dict[tuple[Any, ...], Structure] = {}
     firsts: dict[tuple[Any, ...], int] = {}
+    shifts: dict[tuple[Any, ...], float] = {}
     blocks = []
     for index in range(len(graph.block_names)):
         kind = _kind(graph, index)
         if kind not in kinds:
             graph.materialize(index)
             kinds[kind], firsts[kind] = find_structure(graph, index, inputs), index
+            shifts[kind] = _gain_shift(graph, index)
             graph.release(index)
-        blocks.append(_block_edges(graph, index, kinds[kind], firsts[kind]))
+        blocks.append(_block_edges(graph, index, kinds[kind], firsts[kind], shifts[kind]))
     return _model_edges(graph, tuple(blocks))
 
 
@@ -149,7 +153,21 @@ def _kind(graph: ModelGraph, index: int) -> tuple[Any, ...]:
     return tuple((name.removeprefix(prefix), tuple(p.shape)) for name, p in parameters.items())
 
 
-def _block_edges(graph: ModelGraph, index: int, structure: Structure, first: int) -> BlockEdges:
+def _gain_shift(graph: ModelGraph, index: int) -> float:
+    """1 if the norms of queries and keys in materialized block `index` multiply by 1 + w, else 0."""
+    for name, module in graph.block(index).named_modules():
+        if name.endswith(("q_norm", "k_norm")):
+            width = module.get_parameter("weight").shape[-1]
+            rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+            rows = rows.to(graph.device, graph.dtype)
+            with torch.no_grad():
+                return float(norm_kind(module, rows, module(rows)) == "rms1p")
+    return 0.0
+
+
+def _block_edges(
+    graph: ModelGraph, index: int, structure: Structure, first: int, gain_shift: float
+) -> BlockEdges:
     prefix, origin = graph.block_names[index], graph.block_names[first]
 
     def sources(parameter: str) -> tuple[str, ...]:
@@ -165,7 +183,7 @@ def _block_edges(graph: ModelGraph, index: int, structure: Structure, first: int
         name=prefix,
         keys=keys,
         norms=norms,
-        attention=_attention(graph, keys),
+        attention=_attention(graph, keys, gain_shift),
         mlps=_mlps(keys, tensors),
         writers=_writers(structure, sources, tensors),
         other_norms=tuple(
@@ -228,7 +246,9 @@ def _named(keys: Sequence[str], part: str) -> dict[str, str]:
     return {match["owner"]: match[0] for match in found if match}
 
 
-def _attention(graph: ModelGraph, keys: Sequence[str]) -> AttentionEdge | None:
+def _attention(
+    graph: ModelGraph, keys: Sequence[str], gain_shift: float
+) -> AttentionEdge | None:
     config, tensors = _text(graph), graph.source_tensors
     parts = [_named(keys, part) for part in ("q", "k", "v", "o")]
     owners = set(parts[0]).intersection(*parts[1:])
@@ -247,7 +267,7 @@ def _attention(graph: ModelGraph, keys: Sequence[str]) -> AttentionEdge | None:
         return None
     return AttentionEdge(
         _rows(q, tensors), _rows(k, tensors), _rows(v, tensors), Side(o, -1),
-        held[0], held[1], heads, kv_heads, head_dim, _rotary(config, head_dim),
+        held[0], held[1], heads, kv_heads, head_dim, _rotary(config, head_dim), gain_shift,
     )  # fmt: skip
 
 

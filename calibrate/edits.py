@@ -44,9 +44,10 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """v ← v ∘ factors, fp64 [n]."""
+    """v ← (v + shift) ∘ factors − shift, factors fp64 [n]. shift is 1 for a gain kept as gain − 1."""
 
     factors: torch.Tensor
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,8 @@ class Edit:
         """Change `tensor` (fp32 or fp64, the caller's own) in place."""
         view = self.side.of(tensor)
         if isinstance(self.change, Scale):
-            view.mul_(self.change.factors.to(view.device, view.dtype))
+            factors, shift = self.change.factors.to(view.device, view.dtype), self.change.shift
+            view.add_(shift).mul_(factors).sub_(shift) if shift else view.mul_(factors)
         elif isinstance(self.change, Permute):
             view.copy_(view[..., self.change.order.to(view.device)])
         elif isinstance(self.change, Rotate):
@@ -180,7 +182,7 @@ def edits_bytes(edits: Sequence[Edit]) -> bytes:
         change, side = edit.change, edit.side
         entry: dict[str, Any] = {"side": [side.key, side.axis, side.start, side.stop]}
         if isinstance(change, Scale):
-            entry["op"] = "scale"
+            entry.update(op="scale", shift=change.shift)
             tensors[str(index)] = change.factors.cpu().double().clone()
         elif isinstance(change, Permute):
             entry["op"] = "permute"
@@ -204,7 +206,7 @@ def load_edits(path: Path) -> list[Edit]:
             key, axis, start, stop = entry["side"]
             change: Scale | Permute | Rotate | Fill
             if entry["op"] == "scale":
-                change = Scale(file.get_tensor(str(index)))
+                change = Scale(file.get_tensor(str(index)), entry["shift"])
             elif entry["op"] == "permute":
                 change = Permute(file.get_tensor(str(index)))
             elif entry["op"] == "rotate":

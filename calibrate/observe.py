@@ -8,9 +8,10 @@
     seen.attention.k                                    keys after RoPE, fp32 [b, KV heads, T, D]
 
 The attention function is the library's own: it is wrapped under its name while a block runs. Models
-that attend eagerly, or whose attention is not looked up by name, show no q, k, v (`attention` None).
+whose attention is not looked up by name show no q, k, v (`attention` None).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,20 +54,19 @@ class Observation:
 def watch_attention(graph: ModelGraph, change: Change) -> Iterator[None]:
     """Let every attention call of `graph`'s library function use the k and v that `change` returns.
 
-    Nothing happens where attention is not looked up by name.
+    Nothing happens in layers that do not look their attention function up by name.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
     name = graph.attention_implementation
-    if name not in FUNCTIONS:
-        yield
-        return
-    attend: Callable[..., Any] = FUNCTIONS[name]
+    known = FUNCTIONS.get(name)
 
     def watched(
         module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **how: Any
     ) -> Any:
         k, v = change(module, q, k, v)
+        # eager attention is not registered: each file of the library has a function of its own
+        attend = known or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
         return attend(module, q, k, v, *args, **how)
 
     FUNCTIONS[name] = watched

@@ -36,12 +36,11 @@ from .errors import CalibrationError, FormatError
 from .format import dequantize, find_format
 from .layout import PlannedTensor, split_by_bytes
 from .packed import PackedTensor, Term
-from .preflight import RESIDENT_BYTES, hidden_bytes
+from .preflight import PAUSED_BYTES, RESIDENT_BYTES, hidden_bytes
 from .transform import BlockFacts, EditStore, check_block, transform_block
 from .units import Job, UnitSource, make_weight, packed_of, plain_tensor, report_row, weight_error
 
 BATCH_TOKENS = 4096
-PAUSED_BYTES = 4 << 30  # of activations that wait between stages; more are computed again
 SPILL_FILE = "fewbit.hidden.partial"
 
 

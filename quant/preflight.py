@@ -1,7 +1,7 @@
 """Checks before the work that the disk and the memory will do, and says how long it will take.
 
-Stored bytes are exact. Memory is that of two blocks in fp32, the statistics of the largest weight and
-the hidden states that stay resident. Time is a guess from one timed product; what is left is measured
+Stored bytes are exact. Memory is that of two blocks in fp32, the statistics of the largest weight,
+activations that wait and hidden states. Time is a guess from one timed product; what is left is measured
 from the first unit on (see `Progress`).
 """
 
@@ -21,6 +21,7 @@ from ..export.checkpoint import Checkpoint
 from .errors import CheckpointError
 
 RESIDENT_BYTES = 2 << 30  # of hidden states kept in memory; more are spilled to a mapped file
+PAUSED_BYTES = 4 << 30  # of activations that wait between stages; more are computed again
 _DATA_FREE_BYTES = 400_000_000  # measured: 310 MB, whatever the checkpoint
 _PROCESS_BYTES = 500_000_000  # torch, transformers and their working memory, measured
 _DATA_FREE_RATE = 200e6  # bytes per second, measured on two cores
@@ -64,7 +65,17 @@ def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -
     largest = max((prod(info.shape) * 2 for info in checkpoint.tensors.values()), default=0)
     block = checkpoint.n_parameters * 4 // max(n_blocks if isinstance(n_blocks, int) else 1, 1)
     own = _PROCESS_BYTES + 2 * block + 4 * largest
-    return own + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
+    held = min(_paused_bytes(checkpoint, calibration), PAUSED_BYTES)
+    return own + held + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
+
+
+def _paused_bytes(checkpoint: Checkpoint, calibration: CalibrationSet) -> int:
+    """Activations that wait between the stages of a block, in two models: the widest input of a
+    weight and about four hidden states beside it for each token."""
+    hidden = _hidden_size(checkpoint.config)
+    shapes = [info.shape for info in checkpoint.tensors.values() if len(info.shape) == 2]
+    widest = max((shape[-1] for shape in shapes), default=hidden)
+    return 2 * calibration.windows.numel() * (widest + 4 * hidden) * checkpoint.dtype.itemsize
 
 
 def hidden_bytes(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> int:

@@ -49,6 +49,8 @@ def refuse(edges: ModelEdges, options: ReorderOptions) -> str | None:
     for block in edges.blocks:
         if "down_proj" in options.edges and not block.mlps:
             return f"{block.name} has no gated MLP with separate gate, up and down projections"
+        if "down_proj" in options.edges and any(mlp.turned for mlp in block.mlps):
+            return "the pass rotate turns the input of down_proj at run time; choose one of the two"
         if "o_proj" in options.edges and block.attention is None:
             return f"{block.name} has no attention with separate projections q, k, v and o"
     return None

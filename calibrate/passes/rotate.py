@@ -6,7 +6,8 @@
 
 A coefficient of h Q is a signed mean of all channels of h, so outliers spread evenly and the largest
 number of a token, which sets the step of its 8 bit, becomes smaller. RMSNorm commutes with Q once its
-gain is one (`fold_norms`); the final norm's gain goes into the head, which is untied if it was tied.
+gain is one (`fold_norms`); the final norm's gain goes into the head, which is untied if it was tied
+(`untie = false`: then the residual of such a model is left as it is).
 
 Q is a Hadamard matrix over √n with random signs (`quant/hadamard.py`); an axis whose size has none
 is rotated in the largest blocks that have.
@@ -29,10 +30,13 @@ _MIN_ORDER = 16  # smaller blocks would not spread an outlier
 
 @dataclass(frozen=True)
 class RotateOptions:
-    """edges: what is rotated, any of residual, value_heads, down_proj. signs: random signs."""
+    """edges: what is rotated, any of residual, value_heads, down_proj. signs: random signs.
+    untie: false leaves the residual of a model as it is whose head is tied to its embedding; true
+    unties them, which stores the head beside the embedding."""
 
     edges: Any = ("residual", "value_heads")
     signs: bool = True
+    untie: bool = True
 
     def __post_init__(self) -> None:
         edges = self.edges
@@ -41,18 +45,26 @@ class RotateOptions:
                 f"rotate: edges must be a list of some of {', '.join(EDGES)}; got {edges!r}"
             )
         object.__setattr__(self, "edges", tuple(edges))
-        if not isinstance(self.signs, bool):
-            raise RecipeError(f"rotate: signs must be true or false, got {self.signs!r}")
+        for key in ("signs", "untie"):
+            value = getattr(self, key)
+            if not isinstance(value, bool):
+                raise RecipeError(f"rotate: {key} must be true or false, got {value!r}")
 
 
 def refuse(edges: ModelEdges, options: RotateOptions) -> str | None:
     """What is missing for the wanted edges."""
     checks = {"residual": _no_residual, "value_heads": _no_heads, "down_proj": _no_down}
-    for name in options.edges:
+    for name in _wanted(edges, options):
         sentence = checks[name](edges)
         if sentence:
             return f"edge {name}: {sentence}"
     return None
+
+
+def _wanted(edges: ModelEdges, options: RotateOptions) -> tuple[str, ...]:
+    """The edges to rotate, without the residual where that would untie and must not."""
+    keep = edges.tied and not options.untie
+    return tuple(name for name in options.edges if not (keep and name == "residual"))
 
 
 def _no_residual(edges: ModelEdges) -> str | None:
@@ -101,7 +113,7 @@ def edits(view: ModelView, options: RotateOptions) -> ModelEdits:
     """Rotations of all wanted edges."""
     found: list[Edit] = []
     basis, untie = None, False
-    if "residual" in options.edges:
+    if "residual" in _wanted(view.edges, options):
         basis = _hadamard(view.edges.config.hidden_size, view, options)
         untie = view.edges.tied
         found += _residual(view, basis)

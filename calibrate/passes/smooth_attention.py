@@ -29,7 +29,7 @@ import torch
 
 from ...quant.errors import CalibrationError, RecipeError
 from ..edges import AttentionEdge, ModelEdges
-from ..edits import Edit, Side, scale_pair
+from ..edits import Edit, Scale, Side, scale_pair
 from ..observe import AttentionSample
 from ..protocol import BlockTransform, BlockView
 from ..search import CLEARLY, attention_probe, positive, stored_vectors
@@ -95,11 +95,14 @@ def _edits(attention: AttentionEdge, factors: torch.Tensor, shared: bool) -> lis
         by_key, by_query = (one.repeat(attention.kv_heads), one.repeat(attention.heads))
     else:
         by_key = factors.flatten()
+    shift = attention.gain_shift
     if attention.k_gain is not None:
-        k, by_key = (Side(attention.k_gain),), one
+        found = [Edit(Side(attention.k_gain), Scale(one.double().reciprocal(), shift))]
+    else:
+        found = scale_pair(k, (), by_key)
     if attention.q_gain is not None:
-        q, by_query = (Side(attention.q_gain),), one
-    return scale_pair(k, (), by_key) + scale_pair((), q, by_query)
+        return [*found, Edit(Side(attention.q_gain), Scale(one.double(), shift))]
+    return found + scale_pair((), q, by_query)
 
 
 # ---- candidates -----------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def rope_pairs(view: BlockView, attention: AttentionEdge, sample: AttentionSampl
 def _refused(view: BlockView, reason: str) -> CalibrationError:
     return CalibrationError(
         f"pass smooth_attention cannot run on {view.model.architecture}, {view.edges.name}: "
-        f"{reason}; leave the pass out of the recipe"
+        f"{reason}; leave it out with --set pass.smooth_attention.skip=true, or use --recipe w4a16"
     )
 
 
@@ -208,7 +211,8 @@ def _keys(
         keys = keys + view.read(bias.key).to(rows.device, torch.float32)
     keys = keys.unflatten(-1, (attention.kv_heads, -1))
     if attention.k_gain is not None:
-        keys = keys * view.read(attention.k_gain).to(rows.device, torch.float32)
+        gain = view.read(attention.k_gain).to(rows.device, torch.float32)
+        keys = keys * (gain + attention.gain_shift)
     return keys, sample.k[0, :, late].transpose(0, 1)
 
 

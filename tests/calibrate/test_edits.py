@@ -37,6 +37,7 @@ def test_each_change_is_what_its_formula_says() -> None:
     turn = Hadamard(4, 7)
     for change, wanted in (
         (Scale(factors), w * factors.float()),
+        (Scale(factors, 1.0), (w + 1) * factors.float() - 1),
         (Permute(order), w[:, order]),
         (Rotate(turn), w @ torch.block_diag(turn.matrix(), turn.matrix()).float()),
         (Fill(2.5), torch.full_like(w, 2.5)),
@@ -114,7 +115,7 @@ def test_kept_edits_do_the_same(source: RowSource, tmp_path: Path) -> None:
     edits = [
         Edit(Side(NAME, -1), Rotate(Hadamard(64, 3))),
         Edit(Side(NAME, -2, 0, 96), Permute(torch.arange(95, -1, -1))),
-        Edit(Side(NAME, -2), Scale(torch.rand(96, generator=GENERATOR).double())),
+        Edit(Side(NAME, -2), Scale(torch.rand(96, generator=GENERATOR).double(), 1.0)),
         Edit(Side("model.norm.weight"), Fill(1.0)),
     ]
     edits.append(Edit(Side("model.layers.1.mlp.up_proj.weight", -2), edits[1].change))  # shared

@@ -61,6 +61,15 @@ def test_a_tied_head_becomes_a_tensor_of_its_own(tmp_path: Path) -> None:
     assert not torch.equal(head, table)
 
 
+def test_a_tied_head_may_be_left_tied(tmp_path: Path) -> None:
+    source = open_source("llama_tied", tmp_path / "tied")
+    made = transformed(source, uses(["residual"], untie=False))
+    assert made.basis is None and not made.source.copies
+    assert not made.source.is_edited("model.embed_tokens.weight")
+    free = open_source("llama", tmp_path / "free")
+    assert transformed(free, uses(["residual"], untie=False)).basis is not None
+
+
 def test_seeds_give_different_signs_and_none_gives_none(tmp_path: Path) -> None:
     source = open_source("llama", tmp_path)
     plain = transformed(source, uses(["value_heads"], signs=False))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, NormEdge, find_edges
 from fewbit.calibrate.edits import Side
@@ -18,7 +19,6 @@ from fewbit.quant.format import find_format
 from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.transform import BlockFacts
 from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 KV = parse_kv({"key": {"format": "int4_head"}, "value": {"format": "int4_head"}}, "kv")
 RULE = ("int_two_level", find_format("int_two_level").Options(group=32))
@@ -209,7 +209,7 @@ def test_gains_that_count_from_one_are_refused():
 
 
 def test_starved_experts_are_left_alone():
-    made, weights = view(experts=2)
+    made, _ = view(experts=2)
     few = {**made.seen.rows, "down": made.seen.rows["down"][:8]}
     starved = replace(made, seen=Observation(few, made.seen.attention))
     assert PASS.edits(starved, PASS.Options(edges=["down_proj"])) == []

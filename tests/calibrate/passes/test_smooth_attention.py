@@ -5,6 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transforming import (
+    CPU,
+    PRESERVED,
+    RowSource,
+    difference,
+    model_logits,
+    open_source,
+    transformed,
+)
 
 from fewbit.calibrate.edges import AttentionEdge, BlockEdges, find_edges
 from fewbit.calibrate.edits import EditedSource, Side, scale_pair
@@ -16,7 +25,6 @@ from fewbit.quant.errors import CalibrationError, RecipeError
 from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.transform import BlockFacts
 from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, RowSource, difference, model_logits, open_source, transformed
 
 KV = parse_kv({"key": {"format": "int4_head"}, "value": {"format": "int4_head"}}, "kv")
 FACTS = BlockFacts({}, None, KV, 7)
@@ -69,7 +77,9 @@ def view(rotary=DIM, neighbours=False, k_scale=None, kv=KV, kind="plain", seed=0
         weights["kb"] *= k_scale.view(-1)
         queries = k_scale.view(KV_HEADS, DIM).repeat_interleave(HEADS // KV_HEADS, 0)
         weights["q"] /= queries.reshape(-1, 1)
-    k = turned((x @ weights["k"].mT + weights["kb"]).view(TOKENS, KV_HEADS, DIM), rotary, neighbours)
+    k = turned(
+        (x @ weights["k"].mT + weights["kb"]).view(TOKENS, KV_HEADS, DIM), rotary, neighbours
+    )
     q = turned((x @ weights["q"].mT).view(TOKENS, HEADS, DIM), rotary, neighbours)
     if kind == "shifted":  # what attention gets is not what was projected
         k = k + torch.randn(k.shape, generator=g)
