@@ -45,8 +45,6 @@ INT4PACK = next(kernel for kernel in cpu.KERNELS if kernel.name == "int4pack")
 SHARED = "other work ran on this machine at the same time; compare within a row, best beside median"
 _CALLS = 3  # of one side in a round
 
-Sides = dict[str, Callable[[], Any]]
-
 
 def memory_bandwidth() -> dict[str, float]:
     """GB/s of this moment: `copy` of 256 MB counts bytes read and written, `read` sums fp32."""
@@ -124,7 +122,7 @@ def linear_rows(size: int, ms: Sequence[int], rounds: int) -> list[dict[str, Any
     for m in ms:
         x = torch.randn(m, size).bfloat16()
         codes = ACTIVATION.round(x).codes
-        sides: Sides = {
+        sides: dict[str, Callable[[], Any]] = {
             "bf16": rotate([partial(functional.linear, x, weight) for weight in dense]),
             "w4a8": rotate([partial(layer, x) for layer in layers]),
             "round": partial(ACTIVATION.round, x),

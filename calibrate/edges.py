@@ -246,9 +246,7 @@ def _named(keys: Sequence[str], part: str) -> dict[str, str]:
     return {match["owner"]: match[0] for match in found if match}
 
 
-def _attention(
-    graph: ModelGraph, keys: Sequence[str], gain_shift: float
-) -> AttentionEdge | None:
+def _attention(graph: ModelGraph, keys: Sequence[str], gain_shift: float) -> AttentionEdge | None:
     config, tensors = _text(graph), graph.source_tensors
     parts = [_named(keys, part) for part in ("q", "k", "v", "o")]
     owners = set(parts[0]).intersection(*parts[1:])

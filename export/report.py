@@ -14,6 +14,7 @@ from .report_facts import KeptTensor, Provenance, Report, TensorReport, tensor_c
 from .report_page import render_page
 
 __all__ = [
+    "UNTIED",
     "KeptTensor",
     "Provenance",
     "Report",
@@ -23,6 +24,8 @@ __all__ = [
     "tensor_class",
     "write_report",
 ]
+
+UNTIED = "untied from"  # begins the reason of a tensor that the source does not store
 
 
 def build_report(job: Any, writer: Any, facts: Mapping[str, Any]) -> Report:
@@ -81,6 +84,11 @@ def summary_text(report: Report) -> str:
     ]
     for label, both in report.bytes_by_class.items():
         lines.append(f"  {label:10s}{both['quantized']:16,d}{both['unquantized']:16,d}")
+    lines += [
+        f"{row.name}: {row.n_bytes:,} bytes more, {row.reason}"
+        for row in report.kept
+        if row.reason.startswith(UNTIED)
+    ]
     if report.tensors:
         lines.append("largest errors  (weight, output)")
         lines += [f"  {_error_line(row)}" for row in report.worst(5)]

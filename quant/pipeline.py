@@ -26,7 +26,7 @@ import torch
 
 from ..calibrate.protocol import Plan, PlannedPass, plan_passes
 from ..export.checkpoint import Checkpoint
-from ..export.report import Report
+from ..export.report import UNTIED, Report
 from ..export.writer import CheckpointWriter, UnitPlan
 from . import publish
 from .device import calibration_dtype, resolve_device
@@ -127,6 +127,10 @@ def _prepare(
     _check_kv(checkpoint, recipe.kv)
     model = transform_model(checkpoint, steps, seed, target)
     plan = plan_tensors(recipe, model.config, model.source.tensors)
+    for name, origin in model.source.copies.items():
+        plan[name] = replace(
+            plan[name], reason=f"{UNTIED} {origin}, which the source stores for both"
+        )
     if recipe.quantizes and not any(tensor.rule for tensor in plan.values()):
         raise RecipeError(
             f"{source}: recipe {recipe.name!r} would quantize none of its {len(plan)} tensors; "

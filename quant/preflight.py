@@ -1,8 +1,8 @@
 """Checks before the work that the disk and the memory will do, and says how long it will take.
 
 Stored bytes are exact. Memory is that of two blocks in fp32, the statistics of the largest weight,
-activations that wait and hidden states. Time is a guess from one timed product; what is left is measured
-from the first unit on (see `Progress`).
+activations that wait and hidden states. Time is a guess from one timed product; what is left is
+measured from the first unit on (see `Progress`).
 """
 
 import os

@@ -22,7 +22,7 @@ MODEL = Path(fewbit.quant.pipeline.__file__).parent / "data" / "tiny-llama"
 LIMIT = 120  # seconds for one process
 
 
-def start(out, recipe="w4a16", samples=8):
+def start(out, recipe="w4a8kv4", samples=8):
     command = [sys.executable, "-m", "fewbit.quant.cli", "quantize", str(MODEL), "-o", str(out),
                "--recipe", recipe, "--samples", str(samples), "--length", "64",
                "--device", "cpu"]  # fmt: skip

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transforming import CPU, open_source
 
 from fewbit.calibrate.check import block_output, require_same
 from fewbit.calibrate.edits import Edit, EditedSource, Rotate, Scale, Side, scale_pair
@@ -12,6 +11,7 @@ from fewbit.calibrate.model import ModelGraph
 from fewbit.quant.errors import CalibrationError
 from fewbit.quant.hadamard import Hadamard
 from tiny_models import make_tokens
+from transforming import CPU, open_source
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

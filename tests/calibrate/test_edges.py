@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transforming import CPU, open_source
 
 from fewbit.calibrate.edges import ModelEdges, find_edges, kind_of_blocks
 from fewbit.calibrate.edits import Side
 from fewbit.calibrate.model import ModelGraph
 from tiny_models import ARCHITECTURES, make_tokens
+from transforming import CPU, open_source
 
 
 def edges_of(arch: str, folder: Path) -> ModelEdges:

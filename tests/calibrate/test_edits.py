@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transforming import RowSource, open_source
 
 from fewbit.calibrate.edits import (
     Edit,
@@ -21,6 +20,7 @@ from fewbit.calibrate.edits import (
 )
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.hadamard import Hadamard
+from transforming import RowSource, open_source
 
 GENERATOR = torch.Generator().manual_seed(0)
 NAME = "model.layers.0.mlp.up_proj.weight"  # [96, 64]

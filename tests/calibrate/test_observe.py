@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transforming import CPU, open_source
 
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.observe import first_rows, observe, watch_attention
 from tiny_models import make_tokens
+from transforming import CPU, open_source
 
 
 def graph_of(arch: str, folder: Path) -> ModelGraph:

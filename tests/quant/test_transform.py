@@ -10,6 +10,7 @@ import torch
 from fewbit.calibrate.edits import Edit, Fill, Side
 from fewbit.calibrate.protocol import plan_passes
 from fewbit.export.checkpoint import Checkpoint
+from fewbit.export.report import summary_text
 from fewbit.quant import blockwise
 from fewbit.quant.errors import CalibrationError, RecipeError
 from fewbit.quant.load import load
@@ -65,7 +66,7 @@ def test_a_loaded_model_has_the_originals_function(
 ) -> None:
     source = save_tokenizer(save(arch, tmp_path / "src"))
     out = tmp_path / "out"
-    quantize(source, out, recipe=recipe(tmp_path, edges, more), samples=4, length=16)
+    report = quantize(source, out, recipe=recipe(tmp_path, edges, more), samples=4, length=16)
     wanted, found = logits(original(source)), logits(load(out, device="cpu"))
     # 8-bit weights in groups of 16: what is left is their rounding, which may move an expert
     limit = 0.06 if arch == "mixtral" else 0.02
@@ -73,6 +74,9 @@ def test_a_loaded_model_has_the_originals_function(
     config = json.loads((out / "config.json").read_text())
     assert config.get("tie_word_embeddings", False) is False
     assert not [path for path in out.iterdir() if EDITS.match(path.name)]
+    if arch == "llama_tied":
+        n_bytes = 131 * 64 * 4
+        assert f"lm_head.weight: {n_bytes:,} bytes more, untied from" in summary_text(report)
 
 
 def test_online_transforms_are_recorded_and_run(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transforming import CPU, PRESERVED, difference, open_source, transformed
 
 from fewbit.calibrate.edges import find_edges
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.passes.fold_norms import PASS, FoldNormsOptions
 from tiny_models import make_tokens
+from transforming import CPU, PRESERVED, difference, open_source, transformed
 
 USES = [("fold_norms", {})]
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, find_edges
 from fewbit.calibrate.edits import Side
@@ -18,6 +17,7 @@ from fewbit.quant.errors import RecipeError
 from fewbit.quant.format import find_format
 from fewbit.quant.transform import BlockFacts
 from tiny_models import make_tokens
+from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 INT = find_format("int_two_level")
 RULE = ("int_two_level", INT.Options(group=32))

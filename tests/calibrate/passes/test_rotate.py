@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transforming import CPU, PRESERVED, difference, open_source, transformed
 
 from fewbit.calibrate.edges import find_edges
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.passes.rotate import PASS, RotateOptions
 from fewbit.quant.errors import CalibrationError, RecipeError
 from tiny_models import make_tokens
+from transforming import CPU, PRESERVED, difference, open_source, transformed
 
 FOLD: tuple[str, dict[str, Any]] = ("fold_norms", {})
 # The tiny models' head size of 24 is an order that has a Hadamard matrix; so has their width of 64.

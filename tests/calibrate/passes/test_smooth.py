@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, NormEdge, find_edges
 from fewbit.calibrate.edits import Side
@@ -19,6 +18,7 @@ from fewbit.quant.format import find_format
 from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.transform import BlockFacts
 from tiny_models import make_tokens
+from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
 
 KV = parse_kv({"key": {"format": "int4_head"}, "value": {"format": "int4_head"}}, "kv")
 RULE = ("int_two_level", find_format("int_two_level").Options(group=32))

@@ -5,15 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transforming import (
-    CPU,
-    PRESERVED,
-    RowSource,
-    difference,
-    model_logits,
-    open_source,
-    transformed,
-)
 
 from fewbit.calibrate.edges import AttentionEdge, BlockEdges, find_edges
 from fewbit.calibrate.edits import EditedSource, Side, scale_pair
@@ -25,6 +16,15 @@ from fewbit.quant.errors import CalibrationError, RecipeError
 from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.transform import BlockFacts
 from tiny_models import make_tokens
+from transforming import (
+    CPU,
+    PRESERVED,
+    RowSource,
+    difference,
+    model_logits,
+    open_source,
+    transformed,
+)
 
 KV = parse_kv({"key": {"format": "int4_head"}, "value": {"format": "int4_head"}}, "kv")
 FACTS = BlockFacts({}, None, KV, 7)
