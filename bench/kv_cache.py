@@ -126,10 +126,8 @@ def bytes_row(config: Any, n_tokens: int) -> dict[str, Any]:
     for side in POLICIES:
         for name, reserve in ((side, n_tokens), (f"{side}_unreserved", 0)):
             cache = fill(KVCache(config, POLICIES[side], reserve), n_tokens, head_dim)
-            if cache.n_bytes != allocated(cache):
-                raise RuntimeError(
-                    f"{name}: the cache reports {cache.n_bytes} bytes and holds {allocated(cache)}"
-                )
+            if cache.n_bytes != (held := allocated(cache)):
+                raise RuntimeError(f"{name}: reports {cache.n_bytes} bytes and holds {held}")
             row[f"{name}_bytes"] = cache.n_bytes
             row[f"{name}_ratio"] = cache.n_bytes / stock
     row["reported_equals_allocated"] = True
@@ -160,8 +158,7 @@ def step_seconds(
 
 def step_row(models: dict[str, Any], n_tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of a decode step of every side."""
-    config = models["stock"].config
-    head_dim = config.head_dim
+    config, head_dim = models["stock"].config, models["stock"].config.head_dim
     caches: dict[str, Any] = {side: DynamicCache(config=config) for side in ("stock", "grouped")}
     for side, kept in POLICIES.items():
         caches[side] = KVCache(config, kept, n_tokens + rounds + 2)
@@ -174,8 +171,8 @@ def step_row(models: dict[str, Any], n_tokens: int, rounds: int) -> dict[str, An
     found = step_seconds(sides, rounds)
     best = {side: min(times) * 1e3 for side, times in found.items()}
     median = {side: statistics.median(times) * 1e3 for side, times in found.items()}
-    row: dict[str, Any] = {"head_dim": head_dim, "tokens": n_tokens}
-    row |= {"memory_gb_per_second": speed, "floor_ms": best["floor"]}
+    row: dict[str, Any] = {"head_dim": head_dim, "tokens": n_tokens, "floor_ms": best["floor"]}
+    row["memory_gb_per_second"] = speed
     for side in caches:
         row[side] = {
             "best_ms": best[side],

@@ -65,7 +65,8 @@ def _memory_needed(checkpoint: Checkpoint, calibration: CalibrationSet | None) -
     largest = max((prod(info.shape) * 2 for info in checkpoint.tensors.values()), default=0)
     block = checkpoint.n_parameters * 4 // max(n_blocks if isinstance(n_blocks, int) else 1, 1)
     own = _PROCESS_BYTES + 2 * block + 4 * largest
-    held = min(_paused_bytes(checkpoint, calibration), PAUSED_BYTES)
+    paused = _paused_bytes(checkpoint, calibration)
+    held = paused if paused <= PAUSED_BYTES else 0  # more is computed again instead
     return own + held + min(hidden_bytes(checkpoint, calibration), RESIDENT_BYTES)
 
 

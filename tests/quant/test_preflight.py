@@ -20,10 +20,13 @@ GB = 10**9
 
 
 def checkpoint(total=4 * GB, **config):
-    tensors = {"a.weight": SimpleNamespace(shape=(total // 8 // 2,))}
+    tensors = {
+        "a.weight": SimpleNamespace(shape=(total // 8 // 2,)),
+        "down.weight": SimpleNamespace(shape=(4096, 11008)),
+    }
     return SimpleNamespace(
         name="org/model", total_bytes=total, n_parameters=total // 2, tensors=tensors,
-        config={"hidden_size": 4096, "num_hidden_layers": 32} | config,
+        dtype=torch.bfloat16, config={"hidden_size": 4096, "num_hidden_layers": 32} | config,
     )  # fmt: skip
 
 
@@ -72,6 +75,16 @@ def test_memory(machine, tmp_path):
         check_resources(tmp_path, GB, checkpoint(), windows(128, 512))
     machine(memory=None)  # a system that does not say
     check_resources(tmp_path, GB, checkpoint(), windows(128, 512))
+
+
+def test_activations_that_wait_count_until_they_are_computed_again_instead(machine, tmp_path):
+    own = 2 * 1024 * (11008 + 4 * 4096) * 2  # both models, widest input and four hidden states
+    few, many = windows(2, 512), windows(128, 512)
+    assert preflight._paused_bytes(checkpoint(), few) == own
+    assert preflight._paused_bytes(checkpoint(), many) > preflight.PAUSED_BYTES
+    gap = preflight._memory_needed(checkpoint(), few) - preflight._memory_needed(checkpoint(), many)
+    hidden = hidden_bytes(checkpoint(), many) - hidden_bytes(checkpoint(), few)
+    assert gap == own - hidden
 
 
 def test_hidden_states_of_two_models_in_fp32():
