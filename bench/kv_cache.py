@@ -131,13 +131,8 @@ def bytes_row(config: Any, n_tokens: int) -> dict[str, Any]:
             row[f"{name}_bytes"] = cache.n_bytes
             row[f"{name}_ratio"] = cache.n_bytes / stock
     row["reported_equals_allocated"] = True
-    cells = "  ".join(
-        f"{side} {row[f'{side}_ratio']:.4f} ({row[f'{side}_unreserved_ratio']:.4f} unreserved)"
-        for side in POLICIES
-    )
-    print(
-        f"  D={head_dim} T={n_tokens:<5d} stock {stock / 1e6:.2f} MB   ratios {cells}", flush=True
-    )
+    cells = "  ".join(f"{name[:-6]} {row[name]:.4f}" for name in row if name.endswith("_ratio"))
+    print(f"  D={head_dim} T={n_tokens:<5d} stock {stock / 1e6:.1f} MB, ratios {cells}", flush=True)
     return row
 
 
