@@ -64,6 +64,17 @@ class MatrixBatch:
         )
         return _pad(_pad(stacked, self.padded_k).mT, self.padded_k).mT
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether every matrix has the moments of its input."""
+        return all(matrix.moments is not None for matrix in self.matrices)
+
+    def hessian_blocks(self, size: int) -> torch.Tensor:
+        """Blocks of `size` columns on the diagonal of `hessians`, fp32 [B, groups, size, size]."""
+        hessian = self.hessians()
+        starts = range(0, hessian.shape[-1], size)
+        return torch.stack([hessian[:, i : i + size, i : i + size] for i in starts], dim=1)
+
     def drifts(self) -> torch.Tensor:
         """fp32 [B, padded K, padded K]: (x − x̂)ᵀ x̂; every matrix must have it."""
         found = [
@@ -183,6 +194,19 @@ def batches(found: list[Matrix], max_bytes: int = MAX_BATCH_BYTES) -> Iterator[M
         size = max(1, max_bytes // (4 * k * max(n, k)))
         for start in range(0, len(family), size):
             yield MatrixBatch(tuple(family[start : start + size]), find_format(name), options)
+
+
+def searched_batches(block: Block, stats: Stats) -> Iterator[MatrixBatch]:
+    """Batches of all matrices of the block; those with moments come first and by themselves."""
+    found = list(matrices(block, stats))
+    yield from batches([matrix for matrix in found if matrix.moments is not None])
+    yield from batches([matrix for matrix in found if matrix.moments is None])
+
+
+def block_errors(delta: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """d H_gg dᵀ [B, N, groups] of delta [B, N, groups, size], for `MatrixBatch.hessian_blocks`."""
+    by_group = delta.transpose(1, 2)  # [B, groups, N, size]
+    return ((by_group @ blocks) * by_group).sum(-1).transpose(1, 2)
 
 
 @dataclass

@@ -48,6 +48,7 @@ class QuantLinear(PackedModule):
     shared: a product together with other layers that get the same x, or None.
     """
 
+    kind = ("a linear layer holds a weight [N, K]", 2)
     bias: nn.Parameter | None
     shared: SharedProduct | None = None
 
@@ -62,8 +63,6 @@ class QuantLinear(PackedModule):
         activation: str | None = None,
         inputs: Sequence[InputTransform] = (),
     ) -> None:
-        if len(shape) != 2:
-            raise FormatError(f"a linear layer holds a weight [N, K], got {list(shape)}")
         super().__init__(shape, terms, dtype, device, transposed, activation, inputs)
         self.out_features, self.in_features = self.logical_shape
         empty = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
@@ -264,20 +263,12 @@ class _Experts:
 class FusedExperts(PackedModule, _Experts):
     """A stack of expert matrices stored as one packed tensor [E, N, K]."""
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        terms: Terms,
-        dtype: torch.dtype,
-        device: torch.device | str | None = None,
-        transposed: bool = False,
-        activation: str | None = None,
-        inputs: Sequence[InputTransform] = (),
-    ) -> None:
-        if len(shape) != 3:
-            raise FormatError(f"stacked experts hold a weight [E, N, K], got {list(shape)}")
-        super().__init__(shape, terms, dtype, device, transposed, activation, inputs)
-        self.n_experts = self.logical_shape[0]
+    kind = ("stacked experts hold a weight [E, N, K]", 3)
+
+    @property
+    def n_experts(self) -> int:  # type: ignore[override]
+        """E."""
+        return self.logical_shape[0]
 
     @classmethod
     def from_packed(

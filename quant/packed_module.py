@@ -9,7 +9,7 @@ What stands in a model graph is in `linear.py`. Weights are not trained here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +31,11 @@ class PackedModule(nn.Module):
     dtype: of bias and of the decoded weight. device: "meta" leaves the buffers empty.
     activation: name of the format that inputs are rounded to; RecipeError if there is none.
     inputs: transforms of the inputs before that. The stored weight belongs to transformed inputs.
+    FormatError if `shape` has other axes than the class holds.
     """
+
+    # Of a class that holds weights of one kind only, as its errors tell it: what, and its axes.
+    kind: ClassVar[tuple[str, int] | None] = None
 
     def __init__(
         self,
@@ -44,6 +48,8 @@ class PackedModule(nn.Module):
         inputs: Sequence[InputTransform] = (),
     ) -> None:
         super().__init__()
+        if self.kind is not None and len(shape) != self.kind[1]:
+            raise FormatError(f"{self.kind[0]}, got {list(shape)}")
         self.logical_shape = tuple(shape)
         self.terms = tuple(terms)
         self.dtype = dtype

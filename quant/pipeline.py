@@ -29,6 +29,7 @@ from ..export.checkpoint import Checkpoint
 from ..export.report import UNTIED, Report
 from ..export.writer import CheckpointWriter, UnitPlan
 from . import publish
+from .allocator import freed_blocks_returned
 from .device import calibration_dtype, resolve_device
 from .errors import CalibrationError, RecipeError
 from .kv_policy import KVPolicy
@@ -91,7 +92,8 @@ def quantize(
     writer = CheckpointWriter(job.out, units, _identity(job), MAX_SHARD_BYTES)
     try:
         done = writer.open()
-        _run(job, writer, work, done, started, progress)
+        with freed_blocks_returned():
+            _run(job, writer, work, done, started, progress)
         command = _command(job, recipe, _with_calibration_keys(settings, samples, length), calib)
         report = publish.finish(job, writer, {**_facts(job, started), "command": command})
         writer.finish()

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from fewbit.calibrate.edges import find_edges
 from fewbit.calibrate.edits import EditedSource
 from fewbit.calibrate.model import ModelGraph
-from fewbit.calibrate.protocol import Plan, plan_passes
+from fewbit.calibrate.protocol import BlockTransform, ModelTransform, Plan, plan_passes
 from fewbit.quant.transform import BlockFacts, Transformed, transform_block
 from tiny_models import MemorySource, make_tokens, save
 
@@ -73,6 +73,15 @@ def _run(graph: ModelGraph, tokens: torch.Tensor) -> torch.Tensor:
             item.hidden = graph.run(index, item)
         graph.release(index)
     return torch.cat([graph.finish(item.hidden) for item in inputs])
+
+
+def refusal(step: BlockTransform | ModelTransform, options: Any, arch: str, folder: Path) -> str:
+    """Why transform `step` cannot take a tiny model of `arch`; there must be a reason."""
+    source = open_source(arch, folder)
+    edges = find_edges(ModelGraph(source.config, source, torch.float32, CPU), make_tokens(1, 24))
+    sentence = step.refuse(edges, options)
+    assert sentence is not None
+    return sentence
 
 
 def transformed(

@@ -16,7 +16,7 @@ import torch
 
 from ...quant.block import Block
 from ...quant.errors import RecipeError
-from ..matrices import Matrix, MatrixBatch, batches, matrices
+from ..matrices import Matrix, MatrixBatch, block_errors, searched_batches
 from ..protocol import Pass, Stats
 
 
@@ -40,12 +40,8 @@ class ClipSearchOptions:
 
 def run(block: Block, stats: Stats, options: ClipSearchOptions) -> Block:
     """Leave the best factors in each weight's `clip`, [..., N, groups]."""
-    found = list(matrices(block, {} if options.data_free else stats))
-    with_data = [matrix for matrix in found if matrix.moments is not None]
-    without = [matrix for matrix in found if matrix.moments is None]
-    for part in (with_data, without):
-        for batch in batches(part):
-            _put(batch, search(batch, options))
+    for batch in searched_batches(block, {} if options.data_free else stats):
+        _put(batch, search(batch, options))
     return block
 
 
@@ -53,13 +49,14 @@ def search(batch: MatrixBatch, options: ClipSearchOptions) -> torch.Tensor:
     """Best factor of each group, fp32 [B, N, groups]."""
     values = batch.values()
     size = batch.format.group_size(values.shape[-1], batch.options)
-    metric = _group_metric(batch, size)
+    metric = batch.hessian_blocks(size) if batch.has_moments else None
     best_error = best = None
     for factor in torch.linspace(1.0, options.lowest, options.steps + 1).tolist():
         clip = torch.full((*values.shape[:-1], values.shape[-1] // size), factor)
         scales = batch.format.fit(values, batch.options, clip.to(values.device))
         _, rounded = batch.format.round(values, scales, 0, batch.options)
-        error = _group_error((values - rounded).unflatten(-1, (-1, size)), metric)
+        delta = (values - rounded).unflatten(-1, (-1, size))
+        error = delta.square().sum(-1) if metric is None else block_errors(delta, metric)
         if best_error is None or best is None:
             best_error, best = error, torch.full_like(error, factor)
         else:
@@ -69,23 +66,6 @@ def search(batch: MatrixBatch, options: ClipSearchOptions) -> torch.Tensor:
     if best is None:
         raise RuntimeError("the grid of factors is empty")
     return best
-
-
-def _group_metric(batch: MatrixBatch, size: int) -> torch.Tensor | None:
-    """Diagonal blocks of the Hessian, [B, groups, size, size]; None for the identity."""
-    if any(matrix.moments is None for matrix in batch.matrices):
-        return None
-    hessian = batch.hessians()
-    starts = range(0, hessian.shape[-1], size)
-    return torch.stack([hessian[:, i : i + size, i : i + size] for i in starts], dim=1)
-
-
-def _group_error(delta: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
-    """d H_gg dᵀ for delta [B, N, groups, size]."""
-    if metric is None:
-        return delta.square().sum(-1)
-    by_group = delta.transpose(1, 2)  # [B, groups, N, size]
-    return ((by_group @ metric) * by_group).sum(-1).transpose(1, 2)
 
 
 def _put(batch: MatrixBatch, best: torch.Tensor) -> None:

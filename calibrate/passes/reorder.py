@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from ...quant.errors import RecipeError
 from ...quant.format import find_format
 from ..edges import AttentionEdge, MlpEdge, ModelEdges
 from ..edits import Edit, Permute, Side
 from ..protocol import BlockTransform, BlockView
 from ..search import largest, make_probe, rms
+from ._edges import missing_edge, read_beside, seen_mlps, wanted_edges
 
 EDGES = ("down_proj", "o_proj")
-_MIN_TOKENS = 32  # of an expert
 _GAIN = 0.99  # an order must err less than this share of what the file's order errs
 
 
@@ -36,46 +35,31 @@ class ReorderOptions:
     edges: Any = ("down_proj",)
 
     def __post_init__(self) -> None:
-        edges = self.edges
-        if not isinstance(edges, (list, tuple)) or not edges or set(edges) - set(EDGES):
-            raise RecipeError(
-                f"reorder: edges must be a list of some of {', '.join(EDGES)}; got {edges!r}"
-            )
-        object.__setattr__(self, "edges", tuple(edges))
+        object.__setattr__(self, "edges", wanted_edges("reorder", self.edges, EDGES))
 
 
 def refuse(edges: ModelEdges, options: ReorderOptions) -> str | None:
     """What is missing for the wanted edges."""
-    for block in edges.blocks:
-        if "down_proj" in options.edges and not block.mlps:
-            return f"{block.name} has no gated MLP with separate gate, up and down projections"
-        if "down_proj" in options.edges and any(mlp.turned for mlp in block.mlps):
-            return "the pass rotate turns the input of down_proj at run time; choose one of the two"
-        if "o_proj" in options.edges and block.attention is None:
-            return f"{block.name} has no attention with separate projections q, k, v and o"
-    return None
+    sentences = (missing_edge(block, options.edges) for block in edges.blocks)
+    return next((sentence for sentence in sentences if sentence), None)
 
 
 def edits(view: BlockView, options: ReorderOptions) -> list[Edit]:
     """Permutations of the wanted edges that lower the error."""
     found: list[Edit] = []
     if "down_proj" in options.edges:
-        for mlp in view.edges.mlps:
-            found += _mlp_edits(view, mlp)
+        for mlp, x in seen_mlps(view):
+            found += _mlp_edits(view, mlp, x)
     if "o_proj" in options.edges and view.edges.attention is not None:
         found += _value_edits(view, view.edges.attention)
     return found
 
 
-def _mlp_edits(view: BlockView, mlp: MlpEdge) -> list[Edit]:
-    x = view.seen.rows.get(mlp.down.key)
-    n = len(view.edges.mlps)
-    if x is None or (n > 1 and x.shape[0] < _MIN_TOKENS):
-        return []
+def _mlp_edits(view: BlockView, mlp: MlpEdge, x: torch.Tensor) -> list[Edit]:
     if not _worth(view, mlp.down, x.shape[1]):
         return []
     orders = [key.argsort(stable=True) for key in _keys(view, mlp.down, x)]
-    order = _best(view, mlp.down, x, orders, n)
+    order = _best(view, mlp.down, x, orders, len(view.edges.mlps))
     if order is None:
         return []
     return [Edit(side, Permute(order.cpu())) for side in (*mlp.gate, *mlp.up, mlp.down)]
@@ -123,7 +107,7 @@ def _worth(view: BlockView, side: Side, free: int) -> bool:
 
 def _keys(view: BlockView, side: Side, x: torch.Tensor) -> Iterator[torch.Tensor]:
     """What channels can be ordered by, each [K]."""
-    weight = view.read(side.key).to(x.device, torch.float32)
+    weight = read_beside(view, side, x)
     columns = rms(weight, 0)
     yield rms(x, 0) * columns
     yield largest(x, 0)
@@ -139,7 +123,7 @@ def _best(
     the trial that shows whether these channels may be permuted at all)."""
     if not view.rules:
         return orders[0]
-    weight = view.read(side.key).to(x.device, torch.float32)
+    weight = read_beside(view, side, x)
     probe = make_probe(x, weight, view.rules[side.key], view.activation, n)
     errors = [probe.ordered(order) for order in orders]
     least = min(range(len(orders)), key=errors.__getitem__)

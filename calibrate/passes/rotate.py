@@ -22,6 +22,7 @@ from ...quant.hadamard import Hadamard, largest_order
 from ..edges import BlockEdges, ModelEdges, NormEdge
 from ..edits import Edit, Rotate, Side
 from ..protocol import ModelEdits, ModelTransform, ModelView
+from ._edges import wanted_edges
 from .fold_norms import fold
 
 EDGES = ("residual", "value_heads", "down_proj")
@@ -39,12 +40,7 @@ class RotateOptions:
     untie: bool = True
 
     def __post_init__(self) -> None:
-        edges = self.edges
-        if not isinstance(edges, (list, tuple)) or not edges or set(edges) - set(EDGES):
-            raise RecipeError(
-                f"rotate: edges must be a list of some of {', '.join(EDGES)}; got {edges!r}"
-            )
-        object.__setattr__(self, "edges", tuple(edges))
+        object.__setattr__(self, "edges", wanted_edges("rotate", self.edges, EDGES))
         for key in ("signs", "untie"):
             value = getattr(self, key)
             if not isinstance(value, bool):

@@ -27,7 +27,7 @@ import torch
 from ...quant.block import Block
 from ...quant.errors import RecipeError
 from ...quant.format import Parts
-from ..matrices import MatrixBatch, batches, matrices
+from ..matrices import MatrixBatch, block_errors, searched_batches
 from ..protocol import Pass, Stats
 
 CHUNK_ELEMENTS = 1 << 19
@@ -53,12 +53,8 @@ class ScaleSearchOptions:
 
 def run(block: Block, stats: Stats, options: ScaleSearchOptions) -> Block:
     """Leave the best scales in each weight's `scales`."""
-    found = list(matrices(block, {} if options.data_free else stats))
-    with_data = [matrix for matrix in found if matrix.moments is not None]
-    without = [matrix for matrix in found if matrix.moments is None]
-    for part in (with_data, without):
-        for batch in batches(part):
-            batch.leave_scales(search(batch, options))
+    for batch in searched_batches(block, {} if options.data_free else stats):
+        batch.leave_scales(search(batch, options))
     return block
 
 
@@ -66,11 +62,10 @@ def search(batch: MatrixBatch, options: ScaleSearchOptions) -> Parts:
     """Best scale parts [B, N, ...] of a batch."""
     values = batch.values()
     size = batch.format.group_size(values.shape[-1], batch.options)
-    has_data = all(matrix.moments is not None for matrix in batch.matrices)
-    if has_data and options.metric == "group":
-        metric = _blocks(batch.hessians(), size)
+    if batch.has_moments and options.metric == "group":
+        metric = batch.hessian_blocks(size)
     else:
-        metric = _column_costs(batch, has_data).unflatten(-1, (-1, size))
+        metric = _column_costs(batch).unflatten(-1, (-1, size))
     step = max(1, CHUNK_ELEMENTS // (values.shape[0] * values.shape[-1]))
     chunks = [
         _search_rows(batch, values[:, start : start + step], size, metric)
@@ -101,15 +96,9 @@ def _mixed(better: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.
     return torch.where(better, new, old) if new.shape == better.shape else old
 
 
-def _blocks(hessian: torch.Tensor, size: int) -> torch.Tensor:
-    """Diagonal blocks [B, groups, size, size] of H [B, K, K]."""
-    starts = range(0, hessian.shape[-1], size)
-    return torch.stack([hessian[:, i : i + size, i : i + size] for i in starts], dim=1)
-
-
-def _column_costs(batch: MatrixBatch, has_data: bool) -> torch.Tensor:
+def _column_costs(batch: MatrixBatch) -> torch.Tensor:
     """Cost [B, padded K] of a unit error in each column; zero in the padding."""
-    if has_data:
+    if batch.has_moments:
         costs = _conditional(batch.hessians())
     else:
         costs = batch.values().new_ones(len(batch.matrices), batch.padded_k)
@@ -133,8 +122,7 @@ def _group_error(delta: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
     [B, groups, size, size], or costs of columns [B, groups, size]."""
     if metric.dim() == 3:
         return delta.square_().mul_(metric.unsqueeze(1)).sum(-1)
-    by_group = delta.transpose(1, 2)  # [B, groups, n, size]
-    return ((by_group @ metric) * by_group).sum(-1).transpose(1, 2)
+    return block_errors(delta, metric)
 
 
 PASS = Pass(

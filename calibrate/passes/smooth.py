@@ -49,9 +49,10 @@ from ..search import (
     simplex,
     stored_vectors,
 )
+from ._edges import MIN_TOKENS, missing_edge, read_beside, seen_mlps, wanted_edges
+from .smooth_attention import is_alpha
 
 EDGES = ("down_proj", "o_proj", "qkv", "gate_up")
-_MIN_TOKENS = 32  # of an expert
 _MOST_READERS = 8  # of one norm that are measured
 _UNSEARCHED = (0.5, 0.5)  # α, β where nothing is rounded
 
@@ -66,14 +67,8 @@ class SmoothOptions:
     alpha: Any = "search"
 
     def __post_init__(self) -> None:
-        edges = self.edges
-        if not isinstance(edges, (list, tuple)) or not edges or set(edges) - set(EDGES):
-            raise RecipeError(
-                f"smooth: edges must be a list of some of {', '.join(EDGES)}; got {edges!r}"
-            )
-        object.__setattr__(self, "edges", tuple(edges))
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        if not (0 <= self.alpha <= 1 if number else self.alpha == "search"):
+        object.__setattr__(self, "edges", wanted_edges("smooth", self.edges, EDGES))
+        if not is_alpha(self.alpha):
             raise RecipeError(f'smooth: alpha must be 0 to 1 or "search", got {self.alpha!r}')
 
 
@@ -99,12 +94,9 @@ class Site:
 def refuse(edges: ModelEdges, options: SmoothOptions) -> str | None:
     """What is missing for the wanted edges."""
     for block in edges.blocks:
-        if "down_proj" in options.edges and not block.mlps:
-            return f"{block.name} has no gated MLP with separate gate, up and down projections"
-        if "down_proj" in options.edges and any(mlp.turned for mlp in block.mlps):
-            return "the pass rotate turns the input of down_proj at run time; choose one of the two"
-        if "o_proj" in options.edges and block.attention is None:
-            return f"{block.name} has no attention with separate projections q, k, v and o"
+        sentence = missing_edge(block, options.edges)
+        if sentence:
+            return sentence
         for edge in {"qkv", "gate_up"} & set(options.edges):
             sentence = _no_norm(block, edge)
             if sentence:
@@ -206,10 +198,6 @@ def _channels(act: torch.Tensor, made: torch.Tensor, weight: torch.Tensor) -> Ch
     return Channels(positive(act), positive(made), positive(weight))
 
 
-def _read(view: BlockView, side: Side, like: torch.Tensor) -> torch.Tensor:
-    return view.read(side.key).to(like.device, torch.float32)
-
-
 def _stay_wide(view: BlockView, *sides: Side) -> bool:
     """Whether any of the matrices stays in 16 bit, in a run that rounds others."""
     return bool(view.rules) and any(side.key not in view.rules for side in sides)
@@ -219,18 +207,14 @@ def _stay_wide(view: BlockView, *sides: Side) -> bool:
 
 
 def _down_sites(view: BlockView) -> Iterator[Site]:
-    mlps = view.edges.mlps
-    for mlp in mlps:
-        x = view.seen.rows.get(mlp.down.key)
-        if x is None or (len(mlps) > 1 and x.shape[0] < _MIN_TOKENS):
-            continue
-        weight, up = _read(view, mlp.down, x), _read(view, mlp.up[0], x)
+    for mlp, x in seen_mlps(view):
+        weight, up = read_beside(view, mlp.down, x), read_beside(view, mlp.up[0], x)
         rule = view.rules.get(mlp.down.key)
         sizes = tuple(
             _channels(act(x, 0), rms(up, 1), size(weight, 0))
             for act, size in ((rms, rms), (rms, largest), (largest, rms), (largest, largest))
         )
-        probe = make_probe(x, weight, rule, view.activation, len(mlps))
+        probe = make_probe(x, weight, rule, view.activation, len(view.edges.mlps))
         error = None if rule is None else _scaled_error(probe)
         wide = _stay_wide(view, mlp.up[0], mlp.down)
         yield Site(mlp.up, (mlp.down,), sizes, error, wide)
@@ -252,7 +236,7 @@ def _value_sites(view: BlockView) -> Iterator[Site]:
     def spread(factors: torch.Tensor) -> torch.Tensor:
         return _by_query(factors, edge)
 
-    weight, values = _read(view, edge.o, x), _read(view, edge.v[0], x)
+    weight, values = read_beside(view, edge.o, x), read_beside(view, edge.v[0], x)
     sample, rule = view.seen.attention, view.rules.get(edge.o.key)
     cached = sample is not None and view.kv is not None
     seen = _flat(sample.v) if sample is not None and cached else x
@@ -318,10 +302,10 @@ def _norm_sites(view: BlockView, norm: NormEdge) -> Iterator[Site]:
         return
     x = seen[readers[0]]
     measured = [
-        side for side in readers if side.key in view.rules and seen[side].shape[0] >= _MIN_TOKENS
+        side for side in readers if side.key in view.rules and seen[side].shape[0] >= MIN_TOKENS
     ][:_MOST_READERS]
     probes = [
-        make_probe(seen[side], _read(view, side, x), view.rules[side.key], view.activation,
+        make_probe(seen[side], read_beside(view, side, x), view.rules[side.key], view.activation,
                    len(measured))
         for side in measured
     ]  # fmt: skip
@@ -337,7 +321,7 @@ def _norm_sites(view: BlockView, norm: NormEdge) -> Iterator[Site]:
 
 def _most(view: BlockView, norm: NormEdge, like: torch.Tensor, size: Any) -> torch.Tensor:
     """Largest size of each column in any reader."""
-    return torch.stack([size(_read(view, side, like), 0) for side in norm.readers]).amax(0)
+    return torch.stack([size(read_beside(view, side, like), 0) for side in norm.readers]).amax(0)
 
 
 def _joint(probes: list[Probe]) -> Error | None:

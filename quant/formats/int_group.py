@@ -34,10 +34,9 @@ import torch
 
 from ..errors import FormatError, RecipeError
 from ..format import IntegerForm, Parts, PartSpec
+from ._grouped import SCALE_DTYPES, GroupedFormat, aligned, stored_scale
 
 _GROUPS = (16, 32, 64, 128)
-_SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_FP16_STEP = 2.0**-24  # distance of neighbouring fp16 numbers below 2^-14
 # Codes are gathered into one machine word before they are cut into bytes: width -> (codes, dtype).
 _WORDS = {
     2: (4, torch.uint8),
@@ -69,54 +68,27 @@ class IntGroupOptions:
             )
         if not isinstance(self.symmetric, bool):
             raise RecipeError(f"int_group: symmetric must be true or false, got {self.symmetric!r}")
-        if self.scale not in tuple(_SCALE_DTYPES):
+        if self.scale not in tuple(SCALE_DTYPES):
             raise RecipeError(f"int_group: scale must be 'fp16' or 'bf16', got {self.scale!r}")
 
 
-class IntGroup:
+class IntGroup(GroupedFormat[IntGroupOptions]):
     """The format object; see the module's text for layout and maths."""
 
     name = "int_group"
     Options = IntGroupOptions
-    tile = 1
 
-    def padded_k(self, k: int, options: IntGroupOptions) -> int:
-        """K rounded up to whole groups (a whole row: to a multiple of 8)."""
-        unit = 8 if options.group == "row" else int(options.group)
-        return -(-k // unit) * unit
-
-    def group_size(self, k: int, options: IntGroupOptions) -> int:
-        """Columns that share a scale."""
-        return self.padded_k(k, options) if options.group == "row" else int(options.group)
-
-    def part_specs(self, shape: tuple[int, ...], options: IntGroupOptions) -> dict[str, PartSpec]:
-        """Stored parts of a weight of `shape`; FormatError if it has fewer than two axes."""
-        if len(shape) < 2 or min(shape) < 1:
-            raise FormatError(f"int_group stores weights [..., N, K] of positive size, got {shape}")
-        padded = self.padded_k(shape[-1], options)
-        rows = shape[:-1]
-        n_groups = padded // self.group_size(shape[-1], options)
+    def specs(
+        self, rows: tuple[int, ...], padded_k: int, n_groups: int, options: IntGroupOptions
+    ) -> dict[str, PartSpec]:
+        """Codes, scales and, if asymmetric, zeros."""
         specs = {
-            "codes": PartSpec(torch.uint8, (*rows, padded * options.bits // 8)),
-            "scale_group": PartSpec(_SCALE_DTYPES[options.scale], (*rows, n_groups)),
+            "codes": PartSpec(torch.uint8, (*rows, padded_k * options.bits // 8)),
+            "scale_group": PartSpec(SCALE_DTYPES[options.scale], (*rows, n_groups)),
         }
         if not options.symmetric:
             specs["zero_group"] = PartSpec(torch.uint8, (*rows, n_groups))
         return specs
-
-    def padded_shape(
-        self, part_shapes: Mapping[str, tuple[int, ...]], options: IntGroupOptions
-    ) -> tuple[int, ...]:
-        """[..., N, Kp], told from the shape of `codes`."""
-        shape = part_shapes.get("codes", ())
-        if len(shape) < 2:
-            raise FormatError(f"int_group: codes must be [..., N, bytes], got {list(shape)}")
-        return (*shape[:-1], shape[-1] * 8 // options.bits)
-
-    def bits(self, shape: tuple[int, ...], options: IntGroupOptions) -> float:
-        """Stored bits per weight, padding and scales included."""
-        stored = sum(spec.n_bytes for spec in self.part_specs(shape, options).values())
-        return 8 * stored / torch.Size(shape).numel()
 
     def fit(
         self, weight: torch.Tensor, options: IntGroupOptions, clip: torch.Tensor | None = None
@@ -143,61 +115,15 @@ class IntGroup:
         options: IntGroupOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Nearest codes and values of `columns` [..., N, t] beginning at column `start`."""
-        if isinstance(start, torch.Tensor):
-            scale, zero = self._pick(scales, start, options)
-        else:
-            scale, zero = self._spread(scales, columns.shape[-1], start, options)
-        size = scale.shape[-1] if scale.dim() == columns.dim() else 0
-        shaped = columns if size else columns.unflatten(-1, (scale.shape[-2], -1))
+        shaped, picked = aligned(columns, scales, start, options)
+        scale = picked["scale_group"].float()
+        zero: torch.Tensor | float = float(1 << (options.bits - 1))
+        if not options.symmetric:
+            zero = picked["zero_group"].float()
         codes = torch.round(shaped * scale.reciprocal()).add_(zero)
         codes.clamp_(0, (1 << options.bits) - 1)
         values = (codes - zero).mul_(scale)
-        return codes.to(torch.uint8).view(columns.shape), values.view(columns.shape)
-
-    def _pick(
-        self, scales: Mapping[str, torch.Tensor], start: torch.Tensor, options: IntGroupOptions
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Scale and zero [B, N, 1] of one column for each matrix of a batch, `start` [B]."""
-        stored = scales["scale_group"]
-        group = start // int(options.group) if options.group != "row" else torch.zeros_like(start)
-        index = group.view(-1, 1, 1).expand(-1, stored.shape[-2], 1)
-        scale = stored.gather(-1, index).float()
-        if options.symmetric:
-            return scale, float(1 << (options.bits - 1))
-        return scale, scales["zero_group"].gather(-1, index).float()
-
-    def _spread(
-        self,
-        scales: Mapping[str, torch.Tensor],
-        n_columns: int,
-        start: int,
-        options: IntGroupOptions,
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Scale and zero that broadcast against columns start … start+n, or against their view
-        [..., N, groups, group] when they are whole groups (one more axis tells which)."""
-        stored = scales["scale_group"]
-        size = self._group_of(stored, options, start + n_columns)
-        first, last = start // size, (start + n_columns - 1) // size
-        middle = float(1 << (options.bits - 1))
-        if first == last:
-            index: slice | torch.Tensor = slice(first, first + 1)
-            view = False
-        elif start % size == 0 and n_columns % size == 0:
-            index, view = slice(first, last + 1), True
-        else:
-            columns = torch.arange(start, start + n_columns, device=stored.device)
-            index, view = columns // size, False
-        scale = stored[..., index].float()
-        zero: torch.Tensor | float = middle
-        if not options.symmetric:
-            zero = scales["zero_group"][..., index].float()
-        if not view:
-            return scale, zero
-        return scale.unsqueeze(-1), zero if isinstance(zero, float) else zero.unsqueeze(-1)
-
-    @staticmethod
-    def _group_of(scale: torch.Tensor, options: IntGroupOptions, end: int) -> int:
-        return max(end, 1) if options.group == "row" else int(options.group)
+        return codes.to(torch.uint8).reshape(columns.shape), values.reshape(columns.shape)
 
     def pack(
         self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], options: IntGroupOptions
@@ -241,80 +167,15 @@ class IntGroup:
         signed = (codes - (1 << (options.bits - 1))).view(torch.int8)
         return IntegerForm(signed, parts["scale_group"].float())
 
-    def slice(
-        self,
-        parts: Mapping[str, torch.Tensor],
-        shape: tuple[int, ...],
-        options: IntGroupOptions,
-        axis: int,
-        start: int,
-        stop: int,
-    ) -> Parts:
-        """Parts of rows or experts [start, stop), or of columns that are whole groups."""
-        size = shape[axis]
-        if not 0 <= start < stop <= size:
-            raise FormatError(f"int_group: cannot cut {start} to {stop} out of an axis of {size}")
-        if axis % len(shape) != len(shape) - 1:
-            index = (slice(None),) * (axis % len(shape)) + (slice(start, stop),)
-            return {name: part[index] for name, part in parts.items()}
-        unit = 8 if options.group == "row" else int(options.group)
-        if start % unit or (stop % unit and stop != shape[-1]):
-            raise FormatError(
-                f"int_group: columns are cut at multiples of {unit}, got {start} to {stop}"
-            )
-        stop = self.padded_k(stop, options)
-        cut = {"codes": parts["codes"][..., start * options.bits // 8 : stop * options.bits // 8]}
-        for name in parts.keys() - {"codes"}:
-            whole_row = options.group == "row"
-            cut[name] = parts[name] if whole_row else parts[name][..., start // unit : stop // unit]
-        return {name: cut[name] for name in parts}
-
-    def check(
-        self,
-        parts: Mapping[str, torch.Tensor],
-        shape: tuple[int, ...],
-        options: IntGroupOptions,
-    ) -> None:
-        """FormatError unless every part has its dtype and shape and every stored value is valid."""
-        specs = self.part_specs(shape, options)
-        if set(parts) != set(specs):
-            raise FormatError(f"int_group: parts must be {sorted(specs)}, got {sorted(parts)}")
-        for name, spec in specs.items():
-            found = PartSpec(parts[name].dtype, tuple(parts[name].shape))
-            if found != spec:
-                raise FormatError(
-                    f"int_group: {name} must be {spec.dtype} {spec.shape}, "
-                    f"got {found.dtype} {found.shape}"
-                )
-        if not torch.isfinite(parts["scale_group"]).all():
-            raise FormatError("int_group: scale_group holds NaN or Inf; the file is damaged")
-        if not options.symmetric:
-            top = int(parts["zero_group"].max())
-            if top >= 1 << options.bits:
-                raise FormatError(
-                    f"int_group: zero_group must be below {1 << options.bits}, got {top}"
-                )
+    def check_values(self, parts: Mapping[str, torch.Tensor], options: IntGroupOptions) -> None:
+        """Zeros must be codes."""
+        top = 0 if options.symmetric else int(parts["zero_group"].max())
+        if top >= 1 << options.bits:
+            raise FormatError(f"int_group: zero_group must be below {1 << options.bits}, got {top}")
 
 
 def _stored_scale(scale: torch.Tensor, options: IntGroupOptions) -> torch.Tensor:
-    """Round to the stored dtype; never zero (a group of zeros decodes to zeros with any scale).
-
-    fp16 scales below 6.1e-5 are subnormal, multiples of 2^-24. They are normal in practice: an
-    8-bit group whose largest weight is under 0.0078 has one. There the magnitude rounds up, so
-    that a coarse scale never clips; a group far below 2^-24 rounds to zeros.
-    """
-    dtype = _SCALE_DTYPES[options.scale]
-    limits = torch.finfo(dtype)
-    size = scale.abs()
-    if not bool((size <= limits.max).all()):
-        raise FormatError(
-            f"int_group: a scale of {float(size.max()):.3g} does not fit {options.scale} "
-            f"(at most {limits.max:.3g}); use scale = 'bf16', or the weight holds NaN or Inf"
-        )
-    step = limits.smallest_normal if dtype is torch.bfloat16 else _FP16_STEP
-    small = torch.ceil(size / step).clamp_(min=1).mul_(step)
-    small = torch.where(scale < 0, -small, small)
-    return torch.where(size < limits.smallest_normal, small, scale).to(dtype)
+    return stored_scale(scale, options.scale, "int_group: a scale", "use scale = 'bf16'")
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:

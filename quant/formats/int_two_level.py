@@ -39,14 +39,14 @@ import torch
 
 from ..errors import FormatError, RecipeError
 from ..format import IntegerForm, Parts, PartSpec
+from ._grouped import GroupedFormat, aligned, stored_scale
 from .int_group import pack_bits, unpack_bits
 
 PROTECTIVE_RANGE = 119  # largest |w / s1|: nearest codes of either dialect then stay in int8
 MAX_SCALE_GROUP = 17  # 15 · 17 = 255 still fits a byte lane
 _TOP = 15  # largest code
 _GROUPS = (32, 64, 128)
-_FP16 = torch.finfo(torch.float16)
-_FP16_STEP = 2.0**-24  # distance of neighbouring fp16 numbers below 2^-14
+_FP16_MAX = 65504.0
 # What `candidates` tries: shares of the range, and shifts of the grid in steps. Eighths of a step were
 # measured to be worth more than finer shares; a zero point moves by whole steps only.
 _FACTORS = (1.0, 1.06, 0.93, 0.86, 0.79, 0.72)
@@ -81,67 +81,32 @@ class IntTwoLevelOptions:
             )
 
     @property
-    def unit(self) -> int:
-        """Columns of which K must be a multiple."""
-        return 8 if self.group == "row" else int(self.group)
-
-    @property
     def shift_part(self) -> str:
         """Name of the part that shifts the grid."""
         return f"{self.dialect}_{'row' if self.group == 'row' else 'group'}"
 
 
-class IntTwoLevel:
+class IntTwoLevel(GroupedFormat[IntTwoLevelOptions]):
     """The format object; see the module's text for layout and maths."""
 
     name = "int_two_level"
     Options = IntTwoLevelOptions
-    tile = 1
 
-    def padded_k(self, k: int, options: IntTwoLevelOptions) -> int:
-        """K rounded up to whole groups (a row: to a multiple of 8)."""
-        return -(-k // options.unit) * options.unit
-
-    def group_size(self, k: int, options: IntTwoLevelOptions) -> int:
-        """Columns that share a scale."""
-        return self.padded_k(k, options) if options.group == "row" else options.unit
-
-    def part_specs(
-        self, shape: tuple[int, ...], options: IntTwoLevelOptions
+    def specs(
+        self, rows: tuple[int, ...], padded_k: int, n_groups: int, options: IntTwoLevelOptions
     ) -> dict[str, PartSpec]:
-        """Stored parts of a weight of `shape`; FormatError if it has fewer than two axes."""
-        if len(shape) < 2 or min(shape) < 1:
-            raise FormatError(
-                f"int_two_level stores weights [..., N, K] of positive size, got {shape}"
-            )
-        padded, rows = self.padded_k(shape[-1], options), shape[:-1]
+        """Codes, scales and shifts."""
         specs = {
-            "codes": PartSpec(torch.uint8, (*rows, padded // 2)),
+            "codes": PartSpec(torch.uint8, (*rows, padded_k // 2)),
             "scale_row": PartSpec(torch.float16, (*rows, 1)),
         }
-        shift = torch.uint8 if options.dialect == "zero" else torch.int8
+        by_group = (*rows, n_groups)
         if options.group == "row":
             shift = torch.uint8 if options.dialect == "zero" else torch.float16
-            return specs | {options.shift_part: PartSpec(shift, (*rows, 1))}
-        by_group = (*rows, padded // options.unit)
-        return specs | {
-            "scale_group": PartSpec(torch.uint8, by_group),
-            options.shift_part: PartSpec(shift, by_group),
-        }
-
-    def padded_shape(
-        self, part_shapes: Mapping[str, tuple[int, ...]], options: IntTwoLevelOptions
-    ) -> tuple[int, ...]:
-        """[..., N, Kp], told from the shape of `codes`."""
-        shape = part_shapes.get("codes", ())
-        if len(shape) < 2:
-            raise FormatError(f"int_two_level: codes must be [..., N, bytes], got {list(shape)}")
-        return (*shape[:-1], shape[-1] * 2)
-
-    def bits(self, shape: tuple[int, ...], options: IntTwoLevelOptions) -> float:
-        """Stored bits per weight, padding and scales included."""
-        stored = sum(spec.n_bytes for spec in self.part_specs(shape, options).values())
-        return 8 * stored / torch.Size(shape).numel()
+        else:
+            shift = torch.uint8 if options.dialect == "zero" else torch.int8
+            specs["scale_group"] = PartSpec(torch.uint8, by_group)
+        return specs | {options.shift_part: PartSpec(shift, by_group)}
 
     def fit(
         self, weight: torch.Tensor, options: IntTwoLevelOptions, clip: torch.Tensor | None = None
@@ -181,19 +146,11 @@ class IntTwoLevel:
         options: IntTwoLevelOptions,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Nearest codes and values of `columns` [..., N, t] beginning at column `start`."""
-        whole = False
-        if isinstance(start, torch.Tensor):
-            picked = _gather(scales, start // options.unit, options)
-        else:
-            index, whole = _group_index(columns.shape[-1], start, options)
-            picked = {n: p if n.endswith("_row") else p[..., index] for n, p in scales.items()}
-        if whole:
-            picked = {name: part.unsqueeze(-1) for name, part in picked.items()}
-            columns = columns.unflatten(-1, (-1, options.unit))
-        codes = _nearest(columns, picked, options)
+        shaped, picked = aligned(columns, scales, start, options)
+        codes = _nearest(shaped, picked, options)
         stored = codes.to(torch.uint8)
         values = _decode(codes, picked, options)
-        return (stored.flatten(-2), values.flatten(-2)) if whole else (stored, values)
+        return stored.reshape(columns.shape), values.reshape(columns.shape)
 
     def pack(
         self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], options: IntTwoLevelOptions
@@ -240,58 +197,8 @@ class IntTwoLevel:
             groups = groups.mul_(step).add_(shift)
         return IntegerForm(groups.flatten(-2)[..., : shape[-1]].view(torch.int8), scale)
 
-    def slice(
-        self,
-        parts: Mapping[str, torch.Tensor],
-        shape: tuple[int, ...],
-        options: IntTwoLevelOptions,
-        axis: int,
-        start: int,
-        stop: int,
-    ) -> Parts:
-        """Parts of rows or experts [start, stop), or of columns that are whole groups."""
-        size = shape[axis]
-        if not 0 <= start < stop <= size:
-            raise FormatError(
-                f"int_two_level: cannot cut {start} to {stop} out of an axis of {size}"
-            )
-        if axis % len(shape) != len(shape) - 1:
-            index = (slice(None),) * (axis % len(shape)) + (slice(start, stop),)
-            return {name: part[index] for name, part in parts.items()}
-        unit = options.unit
-        if start % unit or (stop % unit and stop != size):
-            raise FormatError(
-                f"int_two_level: columns are cut at multiples of {unit}, got {start} to {stop}"
-            )
-        stop = self.padded_k(stop, options)
-        spans = {"codes": slice(start // 2, stop // 2)}
-        if options.group != "row":
-            spans |= dict.fromkeys(
-                ("scale_group", options.shift_part), slice(start // unit, stop // unit)
-            )
-        return {name: part[..., spans.get(name, slice(None))] for name, part in parts.items()}
-
-    def check(
-        self,
-        parts: Mapping[str, torch.Tensor],
-        shape: tuple[int, ...],
-        options: IntTwoLevelOptions,
-    ) -> None:
-        """FormatError unless every part has its dtype and shape, every stored value is valid, and
-        every stored code decodes to int8."""
-        specs = self.part_specs(shape, options)
-        if set(parts) != set(specs):
-            raise FormatError(f"int_two_level: parts must be {sorted(specs)}, got {sorted(parts)}")
-        for name, spec in specs.items():
-            found = PartSpec(parts[name].dtype, tuple(parts[name].shape))
-            if found != spec:
-                raise FormatError(
-                    f"int_two_level: {name} must be {spec.dtype} {spec.shape}, "
-                    f"got {found.dtype} {found.shape}"
-                )
-        for name in ("scale_row", "offset_row"):
-            if name in parts and not torch.isfinite(parts[name]).all():
-                raise FormatError(f"int_two_level: {name} holds NaN or Inf; the file is damaged")
+    def check_values(self, parts: Mapping[str, torch.Tensor], options: IntTwoLevelOptions) -> None:
+        """Scales must be positive and within bounds, zeros codes; stored codes decode to int8."""
         if not bool((parts["scale_row"] > 0).all()):
             lowest = float(parts["scale_row"].min())
             raise FormatError(f"int_two_level: scale_row must be positive, got {lowest}")
@@ -331,30 +238,6 @@ def _grid(
     return parts | {options.shift_part: shifted}
 
 
-def _group_index(
-    n_columns: int, start: int, options: IntTwoLevelOptions
-) -> tuple[slice | torch.Tensor, bool]:
-    """Groups of columns start … start+n; True if they are several whole ones, in order."""
-    if options.group == "row":
-        return slice(0, 1), False
-    first, last = start // options.unit, (start + n_columns - 1) // options.unit
-    if first == last:
-        return slice(first, first + 1), False
-    if start % options.unit == 0 and n_columns % options.unit == 0:
-        return slice(first, last + 1), True
-    return torch.arange(start, start + n_columns) // options.unit, False
-
-
-def _gather(
-    scales: Mapping[str, torch.Tensor], group: torch.Tensor, options: IntTwoLevelOptions
-) -> Parts:
-    """Scale parts [B, N, 1] of one group for each matrix of a batch, `group` int64 [B]."""
-    if options.group == "row":
-        return dict(scales)
-    index = group.view(-1, 1, 1).expand(-1, scales["scale_row"].shape[-2], 1)
-    return {n: p if n.endswith("_row") else p.gather(-1, index) for n, p in scales.items()}
-
-
 def _nearest(
     columns: torch.Tensor, scales: Mapping[str, torch.Tensor], options: IntTwoLevelOptions
 ) -> torch.Tensor:
@@ -388,24 +271,17 @@ def _decode(
 
 
 def _stored_scale(scale: torch.Tensor) -> torch.Tensor:
-    """Round to fp16; never zero. Subnormal scales round up, so that a coarse one never clips."""
-    largest = scale.max()
-    if not bool(largest <= _FP16.max):
-        raise FormatError(
-            f"int_two_level: a row scale of {float(largest):.3g} does not fit fp16 (at most "
-            f"{_FP16.max:.3g}); store this tensor in another format, or the weight holds NaN or Inf"
-        )
-    small = torch.ceil(scale / _FP16_STEP).clamp_(min=1).mul_(_FP16_STEP)
-    return torch.where(scale < _FP16.smallest_normal, small, scale).half()
+    remedy = "store this tensor in another format"
+    return stored_scale(scale, "fp16", "int_two_level: a row scale", remedy)
 
 
 def _stored_offset(offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Round the row's smallest value to fp16; it may be moved into range by a step, not by more."""
-    stored = offset.clamp(-_FP16.max, _FP16.max)
+    stored = offset.clamp(-_FP16_MAX, _FP16_MAX)
     if not bool(((offset - stored).abs() <= step).all()):
         raise FormatError(
             f"int_two_level: a row offset of {float(offset.abs().max()):.3g} does not fit fp16 "
-            f"(at most {_FP16.max:.3g}); use dialect = 'zero' or a group"
+            f"(at most {_FP16_MAX:.3g}); use dialect = 'zero' or a group"
         )
     return stored.half()
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fewbit.calibrate.matrices import Rounded, batches, expert_key, matrices
+from fewbit.calibrate.matrices import (
+    Rounded,
+    batches,
+    block_errors,
+    expert_key,
+    matrices,
+    searched_batches,
+)
 from fewbit.calibrate.protocol import Moments
 from fewbit.quant.block import Block, Weight
 from fewbit.quant.format import dequantize, find_format
@@ -87,3 +94,26 @@ def test_scales_on_a_part_of_joined_rows_are_refused():
     members[0].scales = STORE.fit(members[0].value, members[0].options)
     with pytest.raises(RuntimeError, match="kk: no scales, but its neighbours"):
         batch.scales(batch.values())
+
+
+def test_matrices_without_statistics_are_searched_in_batches_of_their_own():
+    members = [weight(name, (4, 32), name) for name in "abc"]
+    stats = {key: Moments(torch.eye(32), 64) for key in "ac"}
+    found = list(searched_batches(Block("b", members), stats))
+    names = [[matrix.pieces[0].weight.name for matrix in batch.matrices] for batch in found]
+    assert names == [["a", "c"], ["b"]]
+    assert [batch.has_moments for batch in found] == [True, False]
+
+
+def test_errors_of_groups_weigh_by_the_blocks_of_the_hessian():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    stats = {"x": Moments(x.mT @ x / 64, 64)}
+    batch = next(searched_batches(Block("b", [weight("w", (4, 32), "x")]), stats))
+    blocks = batch.hessian_blocks(16)
+    assert blocks.shape == (1, 2, 16, 16)
+    assert torch.equal(blocks[0, 1], stats["x"].hessian[16:, 16:])
+    delta = torch.randn(1, 4, 2, 16, generator=torch.Generator().manual_seed(1))
+    found = block_errors(delta, blocks)
+    for group in range(2):
+        outputs = x[:, 16 * group : 16 * group + 16] @ delta[0, :, group].mT
+        assert torch.allclose(found[0, :, group], outputs.square().mean(0), rtol=1e-4)

@@ -5,11 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit.calibrate.edges import find_edges
-from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.passes.fold_norms import PASS, FoldNormsOptions
-from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, difference, open_source, transformed
+from transforming import PRESERVED, difference, open_source, refusal, transformed
 
 USES = [("fold_norms", {})]
 
@@ -45,7 +42,4 @@ def test_a_gain_of_zero_is_folded(tmp_path: Path) -> None:
 
 
 def test_a_norm_with_a_bias_is_refused(tmp_path: Path) -> None:
-    source = open_source("gpt_neox", tmp_path)
-    graph = ModelGraph(source.config, source, torch.float32, CPU)
-    sentence = PASS.refuse(find_edges(graph, make_tokens(1, 24)), FoldNormsOptions())
-    assert sentence is not None and "bias" in sentence
+    assert "bias" in refusal(PASS, FoldNormsOptions(), "gpt_neox", tmp_path)

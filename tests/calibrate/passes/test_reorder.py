@@ -6,18 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, find_edges
+from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge
 from fewbit.calibrate.edits import Side
-from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.observe import Observation
-from fewbit.calibrate.passes.reorder import PASS, refuse
+from fewbit.calibrate.passes.reorder import PASS
 from fewbit.calibrate.protocol import BlockView
 from fewbit.calibrate.search import rounded_weight
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.format import find_format
 from fewbit.quant.transform import BlockFacts
-from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
+from transforming import PRESERVED, difference, model_logits, open_source, refusal, transformed
 
 INT = find_format("int_two_level")
 RULE = ("int_two_level", INT.Options(group=32))
@@ -153,10 +151,7 @@ def test_weights_that_stay_wide_and_starved_experts_are_left_in_order():
     ],
 )
 def test_architectures_without_the_edge_are_refused(arch, edge, text, tmp_path):
-    source = open_source(arch, tmp_path)
-    edges = find_edges(ModelGraph(source.config, source, torch.float32, CPU), make_tokens(1, 24))
-    sentence = refuse(edges, PASS.Options(edges=[edge]))
-    assert sentence is not None and text in sentence
+    assert text in refusal(PASS, PASS.Options(edges=[edge]), arch, tmp_path)
 
 
 @pytest.mark.parametrize("edges", [["qkv"], [], "down_proj"])

@@ -6,12 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.calibrate.edges import find_edges
-from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.passes.rotate import PASS, RotateOptions
 from fewbit.quant.errors import CalibrationError, RecipeError
-from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, difference, open_source, transformed
+from transforming import PRESERVED, difference, open_source, refusal, transformed
 
 FOLD: tuple[str, dict[str, Any]] = ("fold_norms", {})
 # The tiny models' head size of 24 is an order that has a Hadamard matrix; so has their width of 64.
@@ -91,10 +88,7 @@ def test_seeds_give_different_signs_and_none_gives_none(tmp_path: Path) -> None:
 def test_what_cannot_be_rotated_is_refused(
     arch: str, edges: list[str], what: str, tmp_path: Path
 ) -> None:
-    source = open_source(arch, tmp_path)
-    graph = ModelGraph(source.config, source, torch.float32, CPU)
-    sentence = PASS.refuse(find_edges(graph, make_tokens(1, 24)), RotateOptions(edges))
-    assert sentence is not None and what in sentence
+    assert what in refusal(PASS, RotateOptions(edges), arch, tmp_path)
 
 
 def test_unfolded_gains_are_refused(tmp_path: Path) -> None:

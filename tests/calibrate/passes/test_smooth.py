@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, NormEdge, find_edges
+from fewbit.calibrate.edges import AttentionEdge, BlockEdges, MlpEdge, NormEdge
 from fewbit.calibrate.edits import Side
-from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.observe import AttentionSample, Observation
 from fewbit.calibrate.passes.smooth import PASS, refuse
 from fewbit.calibrate.protocol import BlockView
@@ -17,8 +16,7 @@ from fewbit.quant.errors import RecipeError
 from fewbit.quant.format import find_format
 from fewbit.quant.kv_policy import parse_kv
 from fewbit.quant.transform import BlockFacts
-from tiny_models import make_tokens
-from transforming import CPU, PRESERVED, difference, model_logits, open_source, transformed
+from transforming import PRESERVED, difference, model_logits, open_source, refusal, transformed
 
 KV = parse_kv({"key": {"format": "int4_head"}, "value": {"format": "int4_head"}}, "kv")
 RULE = ("int_two_level", find_format("int_two_level").Options(group=32))
@@ -235,10 +233,7 @@ def test_dead_channels_stay_finite():
     ],
 )
 def test_architectures_without_the_edge_are_refused(arch, edge, text, tmp_path):
-    source = open_source(arch, tmp_path)
-    edges = find_edges(ModelGraph(source.config, source, torch.float32, CPU), make_tokens(1, 24))
-    sentence = refuse(edges, PASS.Options(edges=[edge]))
-    assert sentence is not None and text in sentence
+    assert text in refusal(PASS, PASS.Options(edges=[edge]), arch, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fewbit.calibrate.edges import AttentionEdge, BlockEdges, find_edges
 from fewbit.calibrate.edits import EditedSource, Side, scale_pair
 from fewbit.calibrate.model import ModelGraph
 from fewbit.calibrate.observe import AttentionSample, Observation
-from fewbit.calibrate.passes.smooth_attention import PASS, mismatch, refuse, rope_pairs
+from fewbit.calibrate.passes.smooth_attention import PASS, mismatch, rope_pairs
 from fewbit.calibrate.protocol import BlockView
 from fewbit.quant.errors import CalibrationError, RecipeError
 from fewbit.quant.kv_policy import parse_kv
@@ -23,6 +23,7 @@ from transforming import (
     difference,
     model_logits,
     open_source,
+    refusal,
     transformed,
 )
 
@@ -238,10 +239,7 @@ def test_planted_model_becomes_the_clean_one(tmp_path):
 
 @pytest.mark.parametrize("arch", ["deepseek_v3", "phi3", "gpt_neox"])
 def test_attention_without_separate_projections_is_refused(arch, tmp_path):
-    source = open_source(arch, tmp_path)
-    edges = find_edges(ModelGraph(source.config, source, torch.float32, CPU), make_tokens(1, 24))
-    sentence = refuse(edges, OPTIONS)
-    assert sentence is not None and "separate projections q, k, v and o" in sentence
+    assert "separate projections q, k, v and o" in refusal(PASS, OPTIONS, arch, tmp_path)
 
 
 @pytest.mark.parametrize("alpha", ["best", -0.1, 1.5, True, None])

@@ -280,75 +280,6 @@ def test_scales_and_offsets_that_overflow_are_named() -> None:
             FORMAT.fit(torch.full((1, 128), bad), IntTwoLevelOptions())
 
 
-def test_clip_shrinks_the_step() -> None:
-    weight = torch.linspace(-1, 1, 256).repeat(3, 1)
-    for options in OPTIONS:
-        whole = FORMAT.fit(weight, options)
-        groups = 1 if options.group == "row" else 256 // int(options.group)
-        half = FORMAT.fit(weight, options, torch.full((3, groups), 0.5))
-        name = "scale_row" if options.group == "row" else "scale_group"
-        assert bool((half[name] < whole[name]).any())
-        assert options.group == "row" or torch.equal(half["scale_row"], whole["scale_row"])
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rounding_any_run_of_columns_agrees_with_the_whole(options: IntTwoLevelOptions) -> None:
-    torch.manual_seed(2)
-    weight = torch.randn(2, 6, 256)
-    scales = FORMAT.fit(weight * 0.7, options)
-    codes, values = FORMAT.round(weight, scales, 0, options)
-    assert codes.dtype == torch.uint8 and int(codes.max()) < 16
-    for start, stop in ((0, 1), (5, 6), (10, 140), (128, 256), (32, 96), (255, 256)):
-        part_codes, part_values = FORMAT.round(weight[..., start:stop], scales, start, options)
-        assert torch.equal(part_codes, codes[..., start:stop])
-        assert torch.equal(part_values, values[..., start:stop])
-    one_each = torch.tensor([3, 200])
-    columns = torch.stack([weight[0, :, 3:4], weight[1, :, 200:201]])
-    part_codes, part_values = FORMAT.round(columns, scales, one_each, options)
-    assert torch.equal(part_codes, torch.stack([codes[0, :, 3:4], codes[1, :, 200:201]]))
-    assert torch.equal(part_values, torch.stack([values[0, :, 3:4], values[1, :, 200:201]]))
-
-
-def test_rounding_takes_any_memory_order() -> None:
-    for options in OPTIONS:
-        weight = torch.randn(256, 6).t()
-        scales = FORMAT.fit(weight, options)
-        codes, _ = FORMAT.round(weight, scales, 0, options)
-        expected, _ = FORMAT.round(weight.contiguous(), scales, 0, options)
-        assert torch.equal(codes, expected)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_slices_decode_to_slices(options: IntTwoLevelOptions) -> None:
-    shape = (3, 5, 300)
-    parts, _, _ = quantize(torch.randn(shape), options)
-    decoded = FORMAT.unpack(parts, shape, options)
-    for axis, start, stop in (
-        (0, 1, 3),
-        (1, 2, 4),
-        (-2, 0, 1),
-        (2, 0, 128),
-        (-1, 128, 300),
-        (2, 128, 256),
-    ):
-        cut = FORMAT.slice(parts, shape, options, axis, start, stop)
-        index = [slice(None)] * 3
-        index[axis] = slice(start, stop)
-        expected = decoded[tuple(index)]
-        FORMAT.check(cut, tuple(expected.shape), options)
-        assert torch.equal(FORMAT.unpack(cut, tuple(expected.shape), options), expected)
-
-
-@pytest.mark.parametrize(
-    ("axis", "start", "stop"), [(1, 3, 32), (1, 0, 7), (0, 0, 5), (0, 2, 2), (1, 32, 999)]
-)
-def test_impossible_slices_are_refused(axis: int, start: int, stop: int) -> None:
-    options = IntTwoLevelOptions(4, 32)
-    parts, _, _ = quantize(torch.randn(4, 40), options)
-    with pytest.raises(FormatError, match="cut"):
-        FORMAT.slice(parts, (4, 40), options, axis, start, stop)
-
-
 def with_value(parts: dict[str, torch.Tensor], name: str, value: float) -> dict[str, torch.Tensor]:
     changed = parts[name].clone()
     changed[1, 0] = value
@@ -378,14 +309,6 @@ def test_damaged_parts_are_named(options, damage, message) -> None:
     FORMAT.check(parts, (4, 64), options)
     with pytest.raises(FormatError, match=message):
         FORMAT.check(damage(parts), (4, 64), options)
-
-
-@pytest.mark.parametrize("shape", [(8,), (0, 16), (4, 0), ()])
-def test_impossible_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(FormatError, match="positive size"):
-        FORMAT.part_specs(shape, IntTwoLevelOptions())
-    with pytest.raises(FormatError, match="codes must be"):
-        FORMAT.padded_shape({}, IntTwoLevelOptions())
 
 
 @pytest.mark.parametrize(
