@@ -5,7 +5,7 @@ that others would take. glibc keeps such blocks in a heap of the thread that mad
 block of 0.5B shape and 65,536 tokens, that is 2 of 5.5 GB. Blocks above a fixed size are mapped one by
 one instead and unmapped when they are freed; the price is that the system clears their pages anew.
 
-Does nothing where the C library is not glibc. Other allocators (jemalloc by LD_PRELOAD) are not steered.
+Does nothing where the C library is not glibc, and does not steer other allocators (LD_PRELOAD).
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What the default recipe cannot take: exit code 1, one line that names what is missing, nothing written."""
+"""What the default recipe cannot take: one line that names what is missing, nothing written."""
 
 from pathlib import Path
 from typing import Any
