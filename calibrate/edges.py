@@ -91,6 +91,7 @@ class BlockEdges:
     writers: tuple[Side, ...]
     other_norms: tuple[str, ...]
     unread: tuple[str, ...]  # matrices that the trace did not see in use, or not as placed
+    unread_readers: tuple[str, ...] = ()  # those of them that might read the residual, by width
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ def _block_edges(
     read = {norm.gain for norm in norms}
     seen = {key for use in structure.uses for key in sources(use.parameter)}
     tensors = graph.source_tensors
+    unread = tuple(
+        key for key in keys
+        if len(tensors[key].shape) > 1 and (key not in seen or not _placed(graph, key))
+    )  # fmt: skip
     return BlockEdges(
         name=prefix,
         keys=keys,
@@ -189,10 +194,11 @@ def _block_edges(
         other_norms=tuple(
             key for key in keys
             if re.search(r"norm\w*\.weight$", key) and key not in read
+            and not re.search(r"\.[qk]_(layer)?norm\.weight$", key)
             and tuple(tensors[key].shape) == (hidden,)
         ),
-        unread=tuple(key for key in keys if len(tensors[key].shape) > 1
-                     and (key not in seen or not _placed(graph, key))),
+        unread=unread,
+        unread_readers=tuple(key for key in unread if hidden in tensors[key].shape),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ Whether edits belong together is the transform's business; `check.py` verifies t
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,17 +29,14 @@ from ..quant.hadamard import Hadamard
 
 @dataclass(frozen=True)
 class Side:
-    """Entries [start, stop) of one axis (-1 or -2) of source tensor `key`, as the file holds it."""
+    """One axis (-1 or -2) of source tensor `key`, as the file holds it."""
 
     key: str
     axis: int = -1
-    start: int = 0
-    stop: int | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """That part of `tensor`, with the axis moved to the end: a view [.., stop − start]."""
-        stop = tensor.shape[self.axis] if self.stop is None else self.stop
-        return tensor.narrow(self.axis, self.start, stop - self.start).movedim(self.axis, -1)
+        """`tensor` with the axis moved to the end, a view."""
+        return tensor.movedim(self.axis, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +177,7 @@ def edits_bytes(edits: Sequence[Edit]) -> bytes:
     tensors, entries = {}, []
     for index, edit in enumerate(edits):
         change, side = edit.change, edit.side
-        entry: dict[str, Any] = {"side": [side.key, side.axis, side.start, side.stop]}
+        entry: dict[str, Any] = {"side": [side.key, side.axis]}
         if isinstance(change, Scale):
             entry.update(op="scale", shift=change.shift)
             tensors[str(index)] = change.factors.cpu().double().clone()
@@ -203,7 +200,6 @@ def load_edits(path: Path) -> list[Edit]:
     edits = []
     with safe_open(path, framework="pt") as file:
         for index, entry in enumerate(json.loads(file.metadata()["edits"])):
-            key, axis, start, stop = entry["side"]
             change: Scale | Permute | Rotate | Fill
             if entry["op"] == "scale":
                 change = Scale(file.get_tensor(str(index)), entry["shift"])
@@ -213,7 +209,7 @@ def load_edits(path: Path) -> list[Edit]:
                 change = Rotate(Hadamard(*entry["rotation"]))
             else:
                 change = Fill(entry["value"])
-            edits.append(Edit(Side(key, axis, start, stop), change))
+            edits.append(Edit(Side(*entry["side"]), change))
     return edits
 
 
@@ -225,8 +221,3 @@ def scale_pair(
     return [Edit(side, Scale(inverse)) for side in producers] + [
         Edit(side, Scale(factors.double())) for side in consumers
     ]
-
-
-def shifted(side: Side, start: int, stop: int) -> Side:
-    """Entries [start, stop) of a side."""
-    return replace(side, start=side.start + start, stop=side.start + stop)

@@ -115,12 +115,10 @@ class BlockwiseUnits(UnitSource):
         edits: of the block's own transforms, if an earlier run has found them.
         """
         inputs = self._hidden()
+        self._job.model.source.add(edits or ())
         module = self._graph.materialize(block)
         if edits is None:
             module = self._transform(block, inputs)
-        elif edits:
-            self._job.model.source.add(edits)
-            module = self._graph.materialize(block)
         original = None
         if self._originals:
             original = Stream(self._graph, block, deepcopy(module), self._originals)

@@ -13,12 +13,13 @@ journal until the run is complete: a resumed run goes on with them.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..calibrate.check import block_output, require_same
+from ..calibrate.check import block_output, require_same, rounding_noise
 from ..calibrate.edges import ModelEdges, find_edges, kind_of_blocks, with_online
 from ..calibrate.edits import Edit, EditedSource, edits_bytes, load_edits
 from ..calibrate.model import BlockInput, ModelGraph
@@ -152,7 +153,8 @@ def check_block(
         return
     wanted = block_output(graph, index, inputs[0], original, made.basis)
     found = block_output(graph, index, inputs[0])
-    require_same(wanted, found, names, graph.block_names[index], made.basis)
+    noise = partial(rounding_noise, graph, index, inputs[0])  # in the basis of the residual now
+    require_same(wanted, found, names, graph.block_names[index], made.basis, noise)
 
 
 def transform_block(
@@ -185,7 +187,8 @@ def transform_block(
         made += found
         graph.materialize(index)
         after = block_output(graph, index, inputs[0])
-        require_same(wanted, after, item.step.name, graph.block_names[index])
+        noise = partial(rounding_noise, graph, index, inputs[0])
+        require_same(wanted, after, item.step.name, graph.block_names[index], None, noise)
     return made
 
 

@@ -4,9 +4,12 @@ Later blocks see inputs x̂ that the quantized blocks before them have changed. 
 rounded reproduces W x̂; what is wanted is W x. With H = E[x̂ᵀx̂] and D = E[(x − x̂)ᵀ x̂] over the
 calibration tokens (rows are tokens), the weight that comes closest to W x on the inputs x̂ is
 
-    T = W + strength · W · D · (H + λ)⁻¹          λ = damping · mean(diag H)
+    T = W + share · W · D · (H + λ)⁻¹             λ = damping · mean(diag H)
+                                                  share = strength · max(0, 1 − 2 K / tokens)
 
-(least squares; the asymmetric calibration of Li et al., "GPTAQ", 2025). T takes the place of W in all
+(least squares; the asymmetric calibration of Li et al., "GPTAQ", 2025). K coefficients estimated from a
+number of tokens that is not much larger follow the noise of these tokens, which the share takes into
+account. T takes the place of W in all
 later passes: ranges are searched and columns are rounded for T. A weight without drift statistics
 (experts: the two models may route a token differently) or whose H cannot be factorised keeps W.
 
@@ -25,7 +28,7 @@ from ..protocol import Pass, Stats
 
 @dataclass(frozen=True)
 class CompensateOptions:
-    """strength: 1 repays all of the measured drift, 0 none. damping: share of mean(diag H)."""
+    """strength: 1 repays all of the drift that can be trusted. damping: share of mean(diag H)."""
 
     strength: float = 1.0
     damping: float = 0.01
@@ -62,7 +65,9 @@ def _targets(batch: MatrixBatch, options: CompensateOptions) -> torch.Tensor:
     owed = values @ drift
     step = torch.cholesky_solve(owed.mT, lower).mT
     step[failed != 0] = float("nan")
-    return values + options.strength * step
+    tokens = [float(m.moments.tokens) if m.moments else 0.0 for m in batch.matrices]
+    trusted = 1 - 2 * batch.matrices[0].k / torch.tensor(tokens, device=step.device).clamp_min(1)
+    return values + options.strength * trusted.clamp_min(0).view(-1, 1, 1) * step
 
 
 def _put(matrix: Matrix, target: torch.Tensor) -> None:

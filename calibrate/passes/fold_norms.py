@@ -25,6 +25,8 @@ class FoldNormsOptions:
 def refuse(edges: ModelEdges, options: FoldNormsOptions) -> str | None:
     """A norm whose formula is not known, or that adds a bias."""
     for block in edges.blocks:
+        if block.unread_readers:
+            return f"{block.unread_readers[0]} was not seen in use, and may read what a norm makes"
         for norm in block.norms:
             if norm.kind is None:
                 return f"the formula of the norm {norm.gain} was not recognised"

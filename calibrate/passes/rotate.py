@@ -69,6 +69,8 @@ def _no_residual(edges: ModelEdges) -> str | None:
     if edges.head is None:
         return "the model has no output embedding"
     for block in edges.blocks:
+        if block.unread_readers:
+            return f"{block.unread_readers[0]} was not seen in use, and may read the residual"
         if block.other_norms:
             return f"{block.other_norms[0]} is a norm behind a sublayer (post-norm)"
         if any(norm.kind not in ("rms", "rms1p") or norm.bias for norm in block.norms):

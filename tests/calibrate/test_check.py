@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit.calibrate.check import block_output, require_same
+from fewbit.calibrate.check import (
+    TOLERANCE,
+    block_output,
+    require_same,
+    rounding_noise,
+)
 from fewbit.calibrate.edits import Edit, EditedSource, Rotate, Scale, Side, scale_pair
 from fewbit.calibrate.model import ModelGraph
 from fewbit.quant.errors import CalibrationError
@@ -66,6 +71,28 @@ def test_the_original_runs_in_its_own_basis(tmp_path: Path) -> None:
     a, b = (g.start(make_tokens(1, 16), 1)[0] for g in (plain, turned))
     wanted = block_output(plain, 0, a)
     torch.testing.assert_close(block_output(turned, 0, b, source, basis), wanted)
+
+
+def test_what_rounding_alone_moves_is_allowed_for(tmp_path: Path) -> None:
+    source = open_source("llama", tmp_path)
+    graph = ModelGraph(source.config, source, torch.float32, CPU)
+    item = graph.start(make_tokens(1, 16), 1)[0]
+    assert rounding_noise(graph, 0, item) < 1e-5
+    item.hidden *= 3e4  # next to such a residual, what the block adds loses its last digits
+    noise = rounding_noise(graph, 0, item)
+    assert noise > TOLERANCE
+    before = block_output(graph, 0, item)
+    moved = before * (1 + 4 * noise)
+    require_same(before, moved, "rotate", "x", floor=lambda: noise)
+    with pytest.raises(CalibrationError, match="rounding alone moves it by"):
+        require_same(before, before * (1 + 20 * noise), "rotate", "x", floor=lambda: noise)
+
+
+def test_the_noise_is_asked_for_only_if_the_tolerance_is_missed() -> None:
+    def never() -> float:
+        raise AssertionError("asked")
+
+    require_same(torch.ones(2), torch.ones(2) * (1 + 1e-6), "rotate", "x", floor=never)
 
 
 def test_nan_does_not_pass() -> None:

@@ -16,7 +16,6 @@ from fewbit.calibrate.edits import (
     edits_bytes,
     load_edits,
     scale_pair,
-    shifted,
 )
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.hadamard import Hadamard
@@ -45,12 +44,6 @@ def test_each_change_is_what_its_formula_says() -> None:
         got = w.clone()
         Edit(Side("w", -1), change).apply(got)
         torch.testing.assert_close(got, wanted)
-
-
-def test_a_side_may_be_part_of_an_axis() -> None:
-    w = torch.ones(6, 8)
-    Edit(shifted(Side("w", -2, 1), 1, 3), Scale(torch.tensor([2.0, 4.0]).double())).apply(w)
-    assert w[:, 0].tolist() == [1, 1, 2, 4, 1, 1]
 
 
 def test_a_pair_of_scales_keeps_the_product() -> None:
@@ -114,7 +107,7 @@ def test_an_edit_of_nothing_is_refused(source: RowSource) -> None:
 def test_kept_edits_do_the_same(source: RowSource, tmp_path: Path) -> None:
     edits = [
         Edit(Side(NAME, -1), Rotate(Hadamard(64, 3))),
-        Edit(Side(NAME, -2, 0, 96), Permute(torch.arange(95, -1, -1))),
+        Edit(Side(NAME, -2), Permute(torch.arange(95, -1, -1))),
         Edit(Side(NAME, -2), Scale(torch.rand(96, generator=GENERATOR).double(), 1.0)),
         Edit(Side("model.norm.weight"), Fill(1.0)),
     ]

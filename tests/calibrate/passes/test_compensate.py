@@ -28,7 +28,8 @@ def test_target_is_the_damped_least_squares_solution():
     PASS.run(Block("b", [weight]), {"x": moments}, options)
     wanted = before @ weight.value.double().mT
     expected = torch.linalg.lstsq(now, wanted).solution.mT
-    assert torch.allclose(weight.target.double(), expected, atol=1e-3)
+    value, share = weight.value.double(), 1 - 2 * 40 / 400  # of 400 tokens for 40 coefficients
+    assert torch.allclose(weight.target.double(), value + share * (expected - value), atol=1e-3)
     miss = (now @ weight.target.double().mT - wanted).norm()
     assert miss < 0.9 * (now @ weight.value.double().mT - wanted).norm()
 
@@ -40,6 +41,19 @@ def test_strength_scales_the_step_and_the_value_stays():
     PASS.run(Block("b", [half]), {"x": moments}, CompensateOptions(strength=0.5))
     assert torch.allclose(full.target - value, 2 * (half.target - value), atol=1e-5)
     assert torch.equal(full.value, value)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(60, 0.0), (80, 0.0), (160, 0.5), (8000, 0.99)])
+def test_few_tokens_are_not_trusted(tokens, share):
+    weight, _, _, moments = setting()
+    counted = Moments(moments.hessian, tokens, moments.drift)
+    all_of_it = Moments(moments.hessian, 10**9, moments.drift)
+    PASS.run(Block("b", [weight]), {"x": counted}, CompensateOptions())
+    step = weight.target - weight.value
+    other = setting()[0]
+    PASS.run(Block("b", [other]), {"x": all_of_it}, CompensateOptions())
+    whole = other.target - other.value
+    assert torch.allclose(step, share * whole, atol=1e-5)
 
 
 def test_without_drift_or_with_a_broken_hessian_the_weight_stays():
