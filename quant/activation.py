@@ -61,7 +61,8 @@ class Activation(Protocol):
 @dataclass(frozen=True)
 class IntegerKernel(Kernel):
     """A kernel whose `launch` rounds x to the format `activation` itself, and which refuses
-    problems of any other. Its results are bit-equal to `reference.integer_linear`."""
+    problems of any other. Its results are bit-equal to `reference.integer_linear`. Its layout must not
+    depend on the dtype given to `prepare`: one serves all."""
 
     activation: str = field(kw_only=True)
 

@@ -75,11 +75,32 @@ def _onednn_weight(codes: torch.Tensor) -> torch.Tensor:
 
 def _onednn_sums(codes: torch.Tensor, layout: Int8Layout) -> torch.Tensor:
     shifted = codes.view(torch.uint8) ^ 128  # two's complement: the same as + 128
+    product = _opaque_product if torch.compiler.is_compiling() else _onednn_product
+    return product(shifted, layout.weight, layout.scale, layout.zero)
+
+
+def _onednn_product(
+    shifted: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
     y: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-        shifted, 1.0, 128, layout.weight, layout.scale, layout.zero, None,
+        shifted, 1.0, 128, weight, scale, zero, None,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return y
+
+
+# What compilers see of it. Inductor has a lowering of its own for the operator, which fails unless
+# the weight is a constant of the graph. Called directly otherwise: no dispatch through Python.
+_opaque_product = torch.library.custom_op(
+    "fewbit::onednn_int8_product", _onednn_product, mutates_args=()
+)
+
+
+@_opaque_product.register_fake
+def _product_like(
+    shifted: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    return scale.new_empty(shifted.shape[0], scale.shape[0])
 
 
 def _mm_weight(codes: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,13 @@ and so is a name that does not exist.
 
 A `Runner` belongs to one weight and remembers its choices: the environment is read, kernels are
 asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
-dictionary lookup. One layout serves all buckets of a kernel.
+dictionary lookup. One layout serves all buckets of a kernel, and of an integer kernel all dtypes.
 
 Inputs rounded to an activation format: an `IntegerKernel` rounds x itself; any other kernel gets
 x̂, so that every choice computes the same function. Transforms of the input come before that.
+
+Under autocast, layouts are derived and integers multiplied as without it (it fails to join integers,
+and an exact product gains nothing). Other products and the transforms follow autocast.
 
 Deliberately not here: measured tables. Ranking is by estimate only.
 """
@@ -19,6 +22,7 @@ import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, Protocol
@@ -182,8 +186,52 @@ def _warn_fallback(weight_format: str, device: str) -> None:
     )
 
 
-_Launch = Callable[[torch.Tensor, Any], torch.Tensor]
-_Plan = tuple[_Launch, Any]
+Launch = Callable[[torch.Tensor, Any], torch.Tensor]
+Plan = tuple[Launch, Any]
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+class Layouts:
+    """What kernels derived from one weight. An integer kernel's layout has no share in the dtype of
+    x, so that it is one for all."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype | None], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def ready(self, dtype: torch.dtype) -> frozenset[str]:
+        """Names of the kernels whose layout for `dtype` exists."""
+        return frozenset(name for name, held in self._held if held in (None, dtype))
+
+    def of(
+        self, kernel: Kernel, weight: Callable[[], PackedTensor], dtype: torch.dtype, device: str
+    ) -> Any:
+        """The layout of `kernel` for x of `dtype`; derived from weight() at first."""
+        key = (kernel.name, None if isinstance(kernel, IntegerKernel) else dtype)
+        if key not in self._held:
+            with torch.no_grad(), _without_autocast(device):
+                self._held[key] = kernel.prepare(weight(), dtype)
+        return self._held[key]
+
+
+def integer_launch(kernel: IntegerKernel, device: str) -> Launch:
+    """The kernel's launch, without autocast."""
+    if not torch.amp.is_autocast_available(device):
+        return kernel.launch
+
+    def launch(x: torch.Tensor, layout: Any) -> torch.Tensor:
+        if not torch.is_autocast_enabled(device):
+            return kernel.launch(x, layout)
+        with torch.autocast(device, enabled=False):
+            return kernel.launch(x, layout)
+
+    return launch
 
 
 class InputTransform(Protocol):
@@ -215,8 +263,8 @@ class Runner:
         self.n, self.k = packed.shape
         self.activation = activation
         self.inputs = tuple(inputs)
-        self._layouts: dict[tuple[str, torch.dtype], Any] = {}
-        self._plans: dict[tuple[int, torch.dtype, torch.device], _Plan] = {}
+        self._layouts = Layouts()
+        self._plans: dict[tuple[int, torch.dtype, torch.device], Plan] = {}
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> y [..., N] in the dtype of x; differentiable in x (by `reference`)."""
@@ -232,31 +280,33 @@ class Runner:
         key = (bucket, x.dtype, x.device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._plan(m, x)
+            choose = self._plan
+            if torch.compiler.is_compiling():
+                choose = torch.compiler.disable(choose)  # not part of any graph
+            plan = self._plans[key] = choose(m, x)
         launch, layout = plan
         return launch(rows, layout).view(*x.shape[:-1], self.n)
 
     def explain(self, m: int, dtype: torch.dtype, device: str) -> Explanation:
         """What would run for m rows, and why; the environment's choice included."""
-        ready = frozenset(name for name, prepared in self._layouts if prepared == dtype)
         problem = problem_of(self.packed, m, dtype, device, self.activation)
-        return explain(problem, forced=forced_kernel(), prepared=ready)
+        return explain(problem, forced=forced_kernel(), prepared=self._layouts.ready(dtype))
 
-    def _plan(self, m: int, x: torch.Tensor) -> _Plan:
+    def _plan(self, m: int, x: torch.Tensor) -> Plan:
         choice = self.explain(m, x.dtype, x.device.type)
         kernel = kernels()[choice.chosen]
         if kernel.name == "reference" and not choice.forced and x.device.type != "meta":
             _warn_fallback(choice.problem.format, x.device.type)
-        key = (kernel.name, x.dtype)
-        if key not in self._layouts:
-            with torch.no_grad():
-                self._layouts[key] = kernel.prepare(self.packed, x.dtype)
-        return _launch(kernel, self.activation), self._layouts[key]
+        device = x.device.type
+        layout = self._layouts.of(kernel, lambda: self.packed, x.dtype, device)
+        return _launch(kernel, self.activation, device), layout
 
 
-def _launch(kernel: Kernel, activation: str | None) -> _Launch:
+def _launch(kernel: Kernel, activation: str | None, device: str) -> Launch:
     """The kernel's launch, after rounding x where the kernel does not do it."""
-    if activation is None or isinstance(kernel, IntegerKernel):
+    if isinstance(kernel, IntegerKernel):
+        return integer_launch(kernel, device)
+    if activation is None:
         return kernel.launch
     if kernel.name == "reference":
         return partial(reference.linear, activation=activation)

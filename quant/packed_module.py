@@ -3,7 +3,8 @@
 The stored parts are persistent buffers under their checkpoint names (`codes`, `scale_group`,
 `term1.codes`, ...), so `state_dict` is the checkpoint. They keep their stored dtype whatever
 `.to(dtype)` says. Kernel layouts are derived at first use, are no part of the state, and are
-dropped when a buffer is replaced, moved or written to.
+dropped when a buffer is replaced, moved or written to. Writing through `.data` or numpy, or to a
+buffer made in inference mode, leaves no trace in the tensor and is not noticed.
 
 What stands in a model graph is in `linear.py`. Weights are not trained here.
 """

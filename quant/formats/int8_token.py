@@ -48,8 +48,11 @@ class Int8Token:
 def _round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = x.detach().float()
     amax = values.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
-    codes = torch.mul(values, 127 / amax).round_()
-    return codes.to(torch.int8, memory_format=torch.contiguous_format), amax.div_(127)
+    # Tensors on both sides: with a Python number torch multiplies by a reciprocal, which rounds twice
+    # (number / tensor everywhere, tensor / number on GPUs).
+    top = torch.full_like(amax, 127)
+    codes = torch.mul(values, top / amax).round_()
+    return codes.to(torch.int8, memory_format=torch.contiguous_format), amax.div_(top)
 
 
 ACTIVATION = Int8Token()

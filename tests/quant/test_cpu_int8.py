@@ -1,11 +1,13 @@
 """Integer kernels: bit-equal to the oracle, and refusing what they cannot do."""
 
 import gc
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fewbit.quant import cpu, cpu_int8, reference
 from fewbit.quant.activation import RoundedRows
@@ -14,6 +16,7 @@ from fewbit.quant.format import IntegerForm, find_format
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.kernel import Problem
+from fewbit.quant.linear import QuantLinear
 from fewbit.quant.packed import PackedTensor, Term
 
 BF16 = torch.bfloat16
@@ -242,3 +245,55 @@ def test_estimates_rank_as_measured() -> None:
         assert ours < dense.seconds(problem)
     one = replace(W4A8, n=2048, k=2048, m_bucket=1)
     assert KERNELS["int8_mm"].seconds(one) < dense.seconds(one)
+
+
+# ---- compilers ------------------------------------------------------------------------------
+
+
+@works("int8_onednn")
+def test_compilers_know_shape_and_dtype_of_the_product() -> None:
+    args = (
+        torch.empty(5, 64, dtype=torch.uint8, device="meta"),
+        torch.empty(64, 7, dtype=torch.int8, device="meta"),
+        torch.empty(7, device="meta"),
+        torch.empty(7, dtype=torch.int32, device="meta"),
+    )
+    y = torch.ops.fewbit.onednn_int8_product(*args)
+    assert (tuple(y.shape), y.dtype, y.device.type) == ((5, 7), torch.float32, "meta")
+    form = IntegerForm(torch.ones(7, 64, dtype=torch.int8), torch.full((7, 1), 0.5))
+    layout = cpu_int8._layout(form, "int8_onednn")
+    shifted = torch.full((5, 64), 128 + 3, dtype=torch.uint8)
+    y = torch.ops.fewbit.onednn_int8_product(shifted, layout.weight, layout.scale, layout.zero)
+    assert torch.equal(y, torch.full((5, 7), 3 * 64 * 0.5))
+
+
+@works("int8_onednn")
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
+    reason="inductor needs a C++ compiler",
+)
+@pytest.mark.parametrize("warm", [True, False])
+def test_compiled_layers_answer_as_before(warm: bool) -> None:
+    torch.manual_seed(5)
+    first, second = (
+        QuantLinear.from_packed(
+            pack(torch.randn(n, k) * 0.1, "int_two_level", IntTwoLevelOptions(group=32)),
+            torch.randn(n),
+            BF16,
+            activation="int8_token",
+        )
+        for n, k in ((48, 64), (16, 48))
+    )
+    model = nn.Sequential(first, nn.SiLU(), second)
+    x = torch.randn(3, 64).to(BF16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if warm:
+            model(x)
+        compiled = torch.compile(model, backend="inductor")
+        for rows in (x, x[:1]):
+            assert torch.allclose(compiled(rows), model(rows), rtol=0.02, atol=0.02)
+        before = model(x)
+        first.scale_row.mul_(2)
+        assert not torch.allclose(before, model(x), rtol=0.1, atol=0.1)
+        assert torch.allclose(compiled(x), model(x), rtol=0.02, atol=0.02)

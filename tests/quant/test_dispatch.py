@@ -379,6 +379,60 @@ def test_integer_kernels_get_x_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(seen[0], rounded) and torch.equal(seen[1], x)
 
 
+def test_layouts_of_integer_kernels_serve_all_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[torch.dtype] = []
+    plain = replace(
+        fake("plain", 1e-9), prepare=lambda packed, dtype: (prepared.append(dtype), packed)[1]
+    )
+    integer = IntegerKernel(
+        "integer",
+        plain.refuse,
+        plain.prepare,
+        plain.launch,
+        plain.seconds,
+        activation="int8_token",
+    )
+    for kernel, expected in ((plain, [torch.float32, BF16]), (integer, [torch.float32])):
+        only(monkeypatch, kernel)
+        prepared.clear()
+        runner = Runner(pack(torch.randn(16, 32), IntGroupOptions(8, "row")), "int8_token")
+        for dtype in (torch.float32, BF16, torch.float32):
+            runner.linear(torch.randn(2, 32).to(dtype))
+        assert prepared == expected
+
+
+def test_autocast_reaches_neither_layouts_nor_integer_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def note(where: str, value: torch.Tensor | PackedTensor) -> torch.Tensor | PackedTensor:
+        seen.append((where, torch.is_autocast_enabled("cpu")))
+        return value
+
+    plain = replace(
+        fake("plain", 1e-9),
+        prepare=lambda packed, dtype: note("prepare", packed),
+        launch=lambda x, layout: note("launch", x.new_zeros(x.shape[0], 16)),
+    )
+    integer = IntegerKernel(
+        "integer",
+        plain.refuse,
+        plain.prepare,
+        plain.launch,
+        plain.seconds,
+        activation="int8_token",
+    )
+    packed = pack(torch.randn(16, 32), IntGroupOptions(8, "row"))
+    for kernel, in_launch in ((plain, True), (integer, False)):
+        only(monkeypatch, kernel)
+        seen.clear()
+        with torch.autocast("cpu", BF16):
+            Runner(packed, "int8_token").linear(torch.randn(3, 32))
+            assert torch.is_autocast_enabled("cpu")
+        assert seen == [("prepare", False), ("launch", in_launch)]
+
+
 @pytest.mark.parametrize("activation", [None, "int8_token"])
 def test_inputs_are_transformed_before_they_are_rounded(activation: str | None) -> None:
     torch.manual_seed(3)

@@ -42,6 +42,26 @@ def test_any_finite_row_agrees_with_numpy(values: list[float]) -> None:
     assert torch.isfinite(rows.scale).all() and float(rows.scale) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_a_million_values_agree_with_numpy(dtype: torch.dtype) -> None:
+    """One rounding in 127 / amax: 127 · (1 / amax) shifts codes of one row in ten."""
+    torch.manual_seed(3)
+    x = torch.randn(256, 4096).to(dtype)
+    codes, scale = by_hand(x.float().numpy())
+    rows = ACTIVATION.round(x)
+    assert np.array_equal(rows.codes.numpy(), codes)
+    assert np.array_equal(rows.scale.numpy(), scale)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_and_cpu_round_alike() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(256, 4096).to(BF16)
+    here, there = ACTIVATION.round(x), ACTIVATION.round(x.cuda())
+    assert torch.equal(there.codes.cpu(), here.codes)
+    assert torch.equal(there.scale.cpu(), here.scale)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
 def test_error_is_at_most_half_a_step(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
