@@ -15,7 +15,7 @@ Sides, for caches of T tokens:
 
 Bytes. Every side is filled with the same T tokens; the ratio is that of `n_bytes` to element size
 times number of elements of the stock cache's tensors. Room is reserved for T tokens, as `generate()`
-does, or for none ("unreserved": storage that grew by half). Reported bytes are compared with those
+does, or for none ("unreserved": storage that grew as it filled). Reported bytes are compared with those
 of all storages that the cache object leads to.
 
 Time. One token through the whole model, in turns; caches grow by one token at each. `floor` is the
@@ -46,7 +46,6 @@ from fewbit.quant.kv_policy import KVPolicy, parse_kv
 LAYERS, HEADS, KV_HEADS = 2, 32, 8
 HEAD_DIMS = (128, 64)
 _CHUNK = 512  # tokens cached at once while a cache is filled
-_SKIPPED = {"starts"}  # host positions of padding, 8 bytes a row: not cached data, not in n_bytes
 
 
 def policy(page_format: str, residual: int = 0, sink: int = 0) -> KVPolicy:
@@ -83,7 +82,7 @@ def fill(cache: Any, n_tokens: int, head_dim: int) -> Any:
     return cache
 
 
-def tensors(value: Any, name: str = "") -> Iterator[torch.Tensor]:
+def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor that an object of our cache leads to."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -92,9 +91,8 @@ def tensors(value: Any, name: str = "") -> Iterator[torch.Tensor]:
             yield from tensors(item)
     elif isinstance(value, dict) or type(value).__module__.startswith("fewbit.quant.kv"):
         fields = value if isinstance(value, dict) else vars(value)
-        for key, item in fields.items():
-            if key not in _SKIPPED:
-                yield from tensors(item)
+        for item in fields.values():
+            yield from tensors(item)
 
 
 def allocated(cache: KVCache) -> int:

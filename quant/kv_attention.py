@@ -12,7 +12,8 @@ sharing the decoded run:
 
 and o / l at the end; a query that may see nothing gets 0. What is decoded at once does not grow
 with the length of the text. Logits may be soft-capped, and a learned sink logit per head may join
-the denominator. There is no dropout and no gradient here.
+the denominator. There is no dropout here, and no gradient: a backward that reaches what a cache gave
+out raises an error. An autocast region around a call does not change the arithmetic.
 
 A bare forward without our cache reaches the same function with plain tensors; it then is the
 library's own "sdpa", except for soft caps and sink logits, which that one ignores or refuses.
@@ -145,8 +146,37 @@ class _Softmax:
         return self.output * fade / (self.total * fade + (sinks - top).exp_())
 
 
+class _NoBackward(torch.autograd.Function):
+    """Hands a tensor on as if it depended on another, and refuses to differentiate it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise FewbitError(
+            "a packed KV cache takes no gradient, but backward() reached what it gave out; "
+            "call the model with use_cache=False, or under torch.no_grad()"
+        )
+
+
+def forbid_backward(output: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """`output`, made without history; backward through it raises FewbitError if `source` has one."""
+    if not (torch.is_grad_enabled() and source.requires_grad):
+        return output
+    found: torch.Tensor = _NoBackward.apply(output, source)
+    return found
+
+
 def attend(view: KVView, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """Attention output [B, H, Q, Dv] in the query's dtype, for query [B, H, Q, D]."""
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        output = _attend(view, query, scoring)
+    return forbid_backward(output, query)
+
+
+def _attend(view: KVView, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     n_rows, n_heads, n_queries, head_dim = query.shape
     kv_heads = view.shapes[0][1]
     if n_queries != view.n_queries:
@@ -218,7 +248,7 @@ def _query_blocks(
     n_rows, n_heads, n_queries, _ = query.shape
     offset = view.n_tokens - n_queries
     residual = view.residual or 0
-    first, last = 0, n_queries
+    first, last = _seeing(scoring.mask, run, n_queries)
     if scoring.mask is None and scoring.causal:  # k ≤ p
         first = max(first, run.start - offset)
     if run.form == "stored" and run.start >= view.band_start:  # k ≤ p − residual
@@ -228,6 +258,17 @@ def _query_blocks(
     step = max(1, _SCORES // (n_rows * n_heads * (run.stop - run.start)))
     for start in range(first, last, step):
         yield slice(start, min(start + step, last))
+
+
+def _seeing(mask: torch.Tensor | None, run: _Run, n_queries: int) -> tuple[int, int]:
+    """The first query of a long call that sees the run, and the one after the last.
+
+    Masks are asked, because some let queries see later keys although the layer is causal.
+    """
+    if mask is None or mask.dtype != torch.bool or n_queries <= _PROMPT_RUN:
+        return 0, n_queries
+    seen = mask[..., run.start : run.stop].any(-1).flatten(0, -2).any(0).nonzero()
+    return (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
 
 
 def _masked(

@@ -6,9 +6,11 @@ A layer of n tokens holds
     tail    at least the newest residual + 64 tokens as they were computed, if residual > 0
     sink    the first `sink` tokens of each row as they were computed, laid over the pages when read
 
-A token is stored when it leaves the residual window, once. Tokens of the tail beyond the window are
-there for `crop`: cropping up to 64 tokens and growing again equals never having gone on. A deeper
-crop leaves fewer dense tokens than `residual`; the others are read as stored until new ones come.
+A token is stored once, before it leaves the residual window: whenever one is about to leave, up to
+64 of the window are stored with it, which costs as much as one. In which form a query reads a token
+depends on their distance alone. Tokens of the tail beyond the window are there for `crop`: cropping
+up to 64 tokens and growing again equals never having gone on. A deeper crop leaves fewer dense
+tokens than `residual`; the others are read as stored until new ones come.
 
 `update` returns light handles, which only the attention function "fewbit_kv" understands; where the
 model looks at keys and values itself it returns decoded tensors instead (`handles=False`), whose
@@ -18,23 +20,26 @@ token and masked by the model, and sinks begin after it.
 Layers with a bound of their own (sliding windows, recurrent states) stay the library's.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .errors import FewbitError
-from .kv_attention import Handle, KVView
-from .kv_pages import PageArena, Side
+from .kv_attention import Handle, KVView, forbid_backward
+from .kv_pages import PageArena, Side, lasting
 from .kv_policy import KVPolicy
 
 _SLACK = 64  # tokens that `crop` can take back from the tail without a trace
+_AHEAD = 63  # tokens that are stored together with one that leaves the window
 _RUN = 1024  # tokens decoded at once for a model that wants all of them
 
 
 class _Tail:
     """The newest `kept` tokens or more as they were computed, first to last, from `start` on."""
 
+    @lasting()
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, kept: int) -> None:
         self.kept = kept
         self.start = self.stop = 0
@@ -86,10 +91,12 @@ class _Tail:
         self.stop = min(self.stop, n_tokens)
         self.start = min(self.start, self.stop)
 
+    @lasting()
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
 
+    @lasting()
     def to(self, device: torch.device) -> None:
         """Move the buffers."""
         self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
@@ -98,50 +105,81 @@ class _Tail:
 class _Sink:
     """The first `count` tokens of each row after its padding, `starts` int64 [B] on the host."""
 
+    @lasting()
     def __init__(
         self, keys: torch.Tensor, values: torch.Tensor, count: int, starts: torch.Tensor
     ) -> None:
         self.count = count
-        self.starts = starts
         self.buffers = tuple(
             like.new_zeros((*like.shape[:2], count, like.shape[3])) for like in (keys, values)
         )
+        self._begin(starts.cpu().clone())
 
-    def _overlap(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(row, sink index, index in the run) of each sink token within start … stop."""
-        indices = self.starts.unsqueeze(1) + torch.arange(self.count) - start
-        rows, slots = ((indices >= 0) & (indices < stop - start)).nonzero(as_tuple=True)
-        device = self.buffers[0].device
-        return rows.to(device), slots.to(device), indices[rows, slots].to(device)
+    def _begin(self, starts: torch.Tensor) -> None:
+        self.starts = starts
+        self._first, self._last = int(starts.min()), int(starts.max())
+        self._found: tuple[tuple[int, int], tuple[torch.Tensor, ...]] | None = None
 
-    def touches(self, start: int, stop: int) -> bool:
-        """Whether some row has a sink token within start … stop."""
-        return start < int(self.starts.max()) + self.count and int(self.starts.min()) < stop
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that is allocated."""
+        yield from self.buffers
+        yield self.starts
+        if self._found is not None:
+            yield from self._found[1]
+
+    def _overlap(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """(row, sink index, index in the run) of each sink token within start … stop.
+
+        The last answer is remembered: the same run is read at every step.
+        """
+        key = (start, min(stop, self._last + self.count))
+        if self._found is None or self._found[0] != key:
+            with lasting():
+                indices = self.starts.unsqueeze(1) + torch.arange(self.count) - start
+                rows, slots = ((indices >= 0) & (indices < stop - start)).nonzero(as_tuple=True)
+                found = (rows, slots, indices[rows, slots])
+                self._found = key, tuple(i.to(self.buffers[0].device) for i in found)
+        return self._found[1]
+
+    def _parts(
+        self, start: int, stop: int
+    ) -> tuple[tuple[slice | torch.Tensor, ...], tuple[slice | torch.Tensor, ...]] | None:
+        """Where the sink tokens within start … stop are, in the buffers and in the run."""
+        if start >= self._last + self.count or self._first >= stop:
+            return None
+        everything = slice(None)
+        if self._first == self._last:  # rows begin together
+            first, last = max(start, self._first), min(stop, self._first + self.count)
+            here, there = (slice(first - at, last - at) for at in (self._first, start))
+            return (everything, everything, here), (everything, everything, there)
+        rows, slots, indices = self._overlap(start, stop)
+        return (rows, everything, slots), (rows, everything, indices)
 
     def fill(self, new: tuple[torch.Tensor, ...], start: int) -> None:
         """Take the sink tokens among keys and values [B, heads, n, D] of positions from `start`."""
-        if not self.touches(start, start + new[0].shape[2]):
-            return
-        rows, slots, indices = self._overlap(start, start + new[0].shape[2])
-        for buffer, vectors in zip(self.buffers, new, strict=True):
-            buffer[rows, :, slots] = vectors[rows, :, indices]
+        parts = self._parts(start, start + new[0].shape[2])
+        if parts is not None:
+            for buffer, vectors in zip(self.buffers, new, strict=True):
+                buffer[parts[0]] = vectors[parts[1]]
 
     def lay_over(self, run: tuple[torch.Tensor, ...], start: int) -> None:
         """Replace the sink tokens among decoded keys and values [B, heads, n, D], in place."""
-        if not self.touches(start, start + run[0].shape[2]):
-            return
-        rows, slots, indices = self._overlap(start, start + run[0].shape[2])
-        for buffer, vectors in zip(self.buffers, run, strict=True):
-            vectors[rows, :, indices] = buffer[rows, :, slots].to(vectors.dtype)
+        parts = self._parts(start, start + run[0].shape[2])
+        if parts is not None:
+            for buffer, vectors in zip(self.buffers, run, strict=True):
+                vectors[parts[1]] = buffer[parts[0]].to(vectors.dtype)
 
+    @lasting()
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
-        self.starts = self.starts[rows.to(self.starts.device)]
+        self._begin(self.starts[rows.to(self.starts.device)])
 
+    @lasting()
     def to(self, device: torch.device) -> None:
         """Move the buffers."""
         self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
+        self._found = None
 
 
 class PackedLayer(CacheLayerMixin):
@@ -166,7 +204,7 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.policy = policy
         self.reserve = reserve
-        self.starts = starts
+        self.starts = starts if policy.sink else None
         self.handles = handles
         self.n_tokens = 0
         self.pages: PageArena | None = None
@@ -193,7 +231,8 @@ class PackedLayer(CacheLayerMixin):
                 raise FewbitError(
                     f"the KV cache was made for {starts.numel()} rows of padding, got {n_rows} rows"
                 )
-            self.sink = _Sink(key_states, value_states, self.policy.sink, starts.cpu())
+            self.sink = _Sink(key_states, value_states, self.policy.sink, starts)
+            self.starts = None  # the sink's are reordered with its rows
         self.is_initialized = True
 
     # The library's signature; what models pass beyond keys and values is for other caches.
@@ -207,10 +246,12 @@ class PackedLayer(CacheLayerMixin):
             raise FewbitError(
                 f"the KV cache holds {self._arena().n_rows} rows, got {key_states.shape[0]}"
             )
-        view = self._append(key_states, value_states)
-        if self.handles:
-            return Handle(view, 0), Handle(view, 1)
-        return self._decoded(view)
+        with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
+            view = self._append(key_states.detach(), value_states.detach())
+            if self.handles:
+                return Handle(view, 0), Handle(view, 1)
+            keys, values = self._decoded(view)
+        return forbid_backward(keys, key_states), forbid_backward(values, value_states)
 
     def _arena(self) -> PageArena:
         if self.pages is None:
@@ -228,9 +269,10 @@ class PackedLayer(CacheLayerMixin):
             self.tail.crop(before)
             band_start = max(before - residual, self.tail.start)
             band = self.tail.push(new, band_start)
-        stored = max(self.n_tokens - residual, pages.n_tokens)
-        ripe = slice(pages.n_tokens - band_start, stored - band_start)
-        pages.append(band[0][:, :, ripe], band[1][:, :, ripe])
+        if pages.n_tokens < self.n_tokens - residual:
+            stored = min(self.n_tokens - residual + _AHEAD, self.n_tokens)
+            ripe = slice(pages.n_tokens - band_start, stored - band_start)
+            pages.append(band[0][:, :, ripe], band[1][:, :, ripe])
         return self._view(band, band_start, keys, values)
 
     def _view(
@@ -352,10 +394,10 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes allocated: pages, used or not, their table, tail and sinks."""
+        """Bytes allocated: pages, used or not, their table, tail, sinks and where they begin."""
         tensors = [] if self.pages is None else list(self.pages.tensors())
-        for part in (self.tail, self.sink):
-            tensors += [] if part is None else part.buffers
+        tensors += [] if self.tail is None else self.tail.buffers
+        tensors += [] if self.sink is None else self.sink.tensors()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -10,7 +10,9 @@ must all be known here. Every other class (latent attention expands what it cach
 share keys between layers keep them) gets decoded tensors under its own attention function: slower,
 the same figures. A class whose source cannot be read counts as one of those.
 
-A cache that the caller passes, or names with `cache_implementation`, is left alone.
+An attention that the caller chose, one other than what the class takes by itself, stays: such a
+model reads decoded tensors too. A cache that the caller passes, or names with
+`cache_implementation`, is left alone; where the checkpoint names one, a warning tells so.
 """
 
 import ast
@@ -18,7 +20,6 @@ import inspect
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any
 
 import torch
@@ -62,11 +63,11 @@ def install(model: Any, policy: KVPolicy) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    if takes_handles(model):
+    if takes_handles(model) and _attention_is_free(model, text):
         register()
         _set_attention(model, text)
     model.fewbit_kv = policy
-    model._prepare_cache_for_generation = MethodType(_prepare_cache, model)
+    model._prepare_cache_for_generation = _CacheMaker(model)
 
 
 def model_policy(model: Any) -> KVPolicy | None:
@@ -100,6 +101,11 @@ def n_packed_layers(model: Any) -> int:
     return sum(map(is_packed, cache.layers))
 
 
+def _attention_is_free(model: Any, text: Any) -> bool:
+    """Whether nobody chose the attention: it is ours, or what the class takes unless told."""
+    return text._attn_implementation in (NAME, model.get_correct_attn_implementation(None))
+
+
 def _set_attention(model: Any, text: Any) -> None:
     if text is model.config:
         model.set_attn_implementation(NAME)
@@ -108,31 +114,62 @@ def _set_attention(model: Any, text: Any) -> None:
     model.set_attn_implementation({part: NAME})
 
 
-def _prepare_cache(
-    self: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """Stands in for the library's method of the model, which makes the cache of a `generate()`."""
-    given = model_kwargs.get("past_key_values")
-    type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
-    made = model_kwargs.get("past_key_values")
-    asked = generation_config.cache_implementation not in (None, "dynamic")
-    if made is None or made is given or asked:
-        return
-    mask = model_kwargs.get("attention_mask")
-    starts = None
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        starts = (mask > 0).int().argmax(dim=1)
-    cache = new_cache(self, max_cache_length, starts)
-    if generation_config.is_assistant:
-        cache.activate_past_recording()  # as the library did with its own
-    model_kwargs["past_key_values"] = cache
+class _CacheMaker:
+    """Stands in for a model's `_prepare_cache_for_generation`, which makes a `generate()` its cache.
+
+    An object, because a bound method of another name does not survive pickling.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.told = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model can be unpickled where nothing has registered its attention yet."""
+        self.__dict__.update(state)
+        register()
+
+    # The library's signature.
+    def __call__(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        model, given = self.model, model_kwargs.get("past_key_values")
+        type(model)._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        made = model_kwargs.get("past_key_values")
+        if made is None or made is given:
+            return
+        asked = generation_config.cache_implementation
+        if asked not in (None, "dynamic"):
+            self._tell(asked)
+            return
+        mask = model_kwargs.get("attention_mask")
+        starts = None
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            starts = (mask > 0).int().argmax(dim=1)
+        cache = new_cache(model, max_cache_length, starts)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # as the library did with its own
+        model_kwargs["past_key_values"] = cache
+
+    def _tell(self, asked: str) -> None:
+        """Warn once if not the caller but the model's own settings keep the policy out."""
+        if self.told or self.model.generation_config.cache_implementation != asked:
+            return
+        self.told = True
+        warnings.warn(
+            f"the model's generation settings have cache_implementation {asked!r}, so generate() "
+            f"does not use its packed KV cache; set model.generation_config.cache_implementation "
+            f"to None",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def takes_handles(model: Any) -> bool:

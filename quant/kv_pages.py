@@ -9,11 +9,18 @@ continue the same text (beams) share their pages: reordering them copies rows of
 when two rows go on from the same half-full page does one of them get a copy of it. Keys and values
 lie in the same pages, so one table serves both.
 
-Room is reserved exactly when the caller knows how long a text gets, up to a bound; beyond what was
-reserved it grows by half, which moves all pages once.
+Room is reserved exactly when the caller knows how long a text gets, up to a bound: for each row on
+its own, because the rows of beams compute their prompts apart before any of them share. Beyond what
+was reserved it grows by a sixteenth, but whole pages of each row: a token is moved 16 times at most
+on average, one part of the storage after the other, and 1/16 of the room at most stands empty.
+
+As long as no row was selected, pages lie in the order of their columns, and runs of them are read
+and written as slices. What lives as long as the cache is allocated outside of inference mode, so
+that a cache filled there can go on elsewhere.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +31,14 @@ from .page_format import find_page_format
 
 PAGE = 64  # tokens
 _MOST_RESERVED = 1 << 15  # tokens of a row that are reserved on request; longer texts grow
-_GROWTH = 1.5
+_GROWTH = 16  # storage grows by one part in so many
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside can be written in any mode later, and have no history."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class PageArena:
     sides: keys and values. reserve: tokens that a row is going to have, 0 if nobody knows.
     """
 
+    @lasting()
     def __init__(
         self, sides: tuple[Side, Side], n_rows: int, device: torch.device, reserve: int = 0
     ) -> None:
@@ -74,6 +89,7 @@ class PageArena:
         self._references = torch.zeros(n_rows * columns, dtype=torch.int64)
         self._on_device = self._table.to(device)
         self._n_columns = 0  # columns of the table in use
+        self._in_order = True  # row r has page c · rows + r in column c
 
     @property
     def n_rows(self) -> int:
@@ -99,34 +115,49 @@ class PageArena:
         n_new = keys.shape[2]
         if n_new == 0:
             return
-        positions = torch.arange(self.n_tokens, self.n_tokens + n_new, device=self.device)
         self._own_last_page()
         self._extend(-(-(self.n_tokens + n_new) // PAGE))
-        pages = self._on_device[:, positions // PAGE]
-        slots = positions % PAGE
+        column, slot = divmod(self.n_tokens, PAGE)
+        positions = torch.arange(self.n_tokens, self.n_tokens + n_new, device=self.device)
         for side, parts, vectors in zip(self.sides, self.storage, (keys, values), strict=True):
             for name, part in side.encode(vectors).items():
-                parts[name][pages, :, slots] = part.transpose(1, 2)
+                if self._in_order and slot + n_new <= PAGE:
+                    pages = parts[name][column * self.n_rows : (column + 1) * self.n_rows]
+                    pages[:, :, slot : slot + n_new] = part
+                else:
+                    table = self._on_device[:, positions // PAGE]
+                    parts[name][table, :, positions % PAGE] = part.transpose(1, 2)
         self.n_tokens += n_new
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [rows, heads, stop − start, D] of stored tokens."""
-        pages = self._on_device[:, start // PAGE : -(-stop // PAGE)]
-        first = start - start % PAGE
+        """Keys and values [rows, heads, stop − start, D] of stored tokens, as new tensors."""
+        first, last = start // PAGE, -(-stop // PAGE)
+        tokens = slice(start - first * PAGE, stop - first * PAGE)
         keys, values = (
-            side.decode(
-                {
-                    # [rows, pages, heads, 64, …] → [rows, heads, tokens, …], while it is small
-                    name: part[pages]
-                    .transpose(1, 2)
-                    .flatten(2, 3)[:, :, start - first : stop - first]
-                    for name, part in parts.items()
-                },
-                dtype,
-            )
+            self._decode(side, parts, first, last, tokens, dtype)
             for side, parts in zip(self.sides, self.storage, strict=True)
         )
         return keys, values
+
+    def _decode(
+        self, side: Side, parts: Parts, first: int, last: int, tokens: slice, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Vectors of `tokens`, counted from the beginning of column `first`."""
+        # [rows, pages, heads, 64, …] → [rows, heads, tokens, …], while it is small
+        runs = {
+            name: self._columns(part, first, last).transpose(1, 2).flatten(2, 3)[:, :, tokens]
+            for name, part in parts.items()
+        }
+        vectors = side.decode(runs, dtype)
+        kept = {part.untyped_storage().data_ptr() for part in parts.values()}
+        return vectors.clone() if vectors.untyped_storage().data_ptr() in kept else vectors
+
+    def _columns(self, part: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """Pages [rows, columns, heads, 64, …] of some columns, a view if they are in order."""
+        if not self._in_order:
+            return part[self._on_device[:, first:last]]
+        run = part[first * self.n_rows : last * self.n_rows]
+        return run.unflatten(0, (last - first, self.n_rows)).transpose(0, 1)
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all tokens from `n_tokens` on; their pages become free."""
@@ -136,6 +167,7 @@ class PageArena:
         self._count(self._table[:, columns : self._n_columns], -1)
         self._n_columns, self.n_tokens = columns, n_tokens
 
+    @lasting()
     def select(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was; int64 [new rows], repeats and omissions allowed."""
         rows = rows.to(self._table.device)
@@ -144,6 +176,7 @@ class PageArena:
         self._count(self._table[:, : self._n_columns], 1)
         self._upload()
 
+    @lasting()
     def to(self, device: torch.device) -> None:
         """Move the storage; what is on `device` already stays."""
         self.storage = tuple(
@@ -156,15 +189,19 @@ class PageArena:
         self._references.index_add_(0, pages, torch.full_like(pages, change))
 
     def _upload(self) -> None:
+        """Carry a change of the table to where it is read."""
         self._on_device = self._table.to(self.device)
+        used = self._table[:, : self._n_columns].T.flatten()
+        self._in_order = torch.equal(used, torch.arange(used.numel()))
 
+    @lasting()
     def _extend(self, columns: int) -> None:
         """Give every row pages for `columns` columns."""
         n_more = columns - self._n_columns
         if n_more <= 0:
             return
         if columns > self._table.shape[1]:
-            room = max(columns, int(self._table.shape[1] * _GROWTH))
+            room = max(columns, self._table.shape[1] + self._table.shape[1] // _GROWTH)
             wider = self._table.new_zeros((self.n_rows, room))
             wider[:, : self._n_columns] = self._table[:, : self._n_columns]
             self._table = wider
@@ -180,6 +217,11 @@ class PageArena:
         column = self._table[:, self._n_columns - 1]
         if not bool((self._references[column] > 1).any()):
             return
+        self._part(column)
+
+    @lasting()
+    def _part(self, column: torch.Tensor) -> None:
+        """Give each page of the last column to its last row, the other rows copies."""
         owner = {page: row for row, page in enumerate(column.tolist())}
         rows = [row for row, page in enumerate(column.tolist()) if owner[page] != row]
         shared, fresh = column[rows], self._take(len(rows))
@@ -200,11 +242,11 @@ class PageArena:
         return free[:n_pages]
 
     def _grow(self, n_missing: int) -> None:
+        """Add free pages. One part is moved after the other, so that one at most is there twice."""
         old = self._references.numel()
-        new = max(old + n_missing, int(old * _GROWTH))
+        new = max(old + n_missing, old + old // _GROWTH)
         self._references = torch.cat([self._references, self._references.new_zeros(new - old)])
-        larger = tuple(side.storage(new, self.device) for side in self.sides)
-        for parts, copies in zip(self.storage, larger, strict=True):
+        for parts in self.storage:
             for name, part in parts.items():
-                copies[name][:old] = part
-        self.storage = larger
+                parts[name] = part.new_zeros((new, *part.shape[1:]))
+                parts[name][:old] = part

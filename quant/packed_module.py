@@ -25,7 +25,24 @@ from .packed import PackedTensor, Term
 Terms = Sequence[tuple[str, Any]]  # (format name, its options) of each summand
 
 
-class PackedModule(nn.Module):
+class StoredParts(nn.Module):
+    """A module whose buffers are stored parts, perhaps views of a mapped file."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: parts of their own, not the whole file that they are a view of."""
+        owned = {
+            name: None if part is None else _owned(part) for name, part in self._buffers.items()
+        }
+        return {**self.__dict__, "_buffers": owned}
+
+
+def _owned(part: torch.Tensor) -> torch.Tensor:
+    if part.is_meta or part.untyped_storage().nbytes() == part.numel() * part.element_size():
+        return part
+    return part.clone()
+
+
+class PackedModule(StoredParts):
     """Buffers of one `PackedTensor`. Base of `QuantLinear` and `FusedExperts`.
 
     shape: logical [N, K] or [E, N, K]. transposed: the graph wants [.., K, N].
@@ -61,7 +78,7 @@ class PackedModule(nn.Module):
         self._stamp: list[int] = []
         self._part_names: list[tuple[str, ...]] = []
         for index, (name, options) in enumerate(self.terms):
-            holder = self if index == 0 else nn.Module()
+            holder = self if index == 0 else StoredParts()
             specs = find_format(name).part_specs(self.logical_shape, options)
             self._part_names.append(tuple(specs))
             for part, spec in specs.items():
@@ -149,7 +166,7 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without runners: layouts are derived again where the copy is used."""
-        return {**self.__dict__, "_runners": [], "_stamp": []}
+        return {**super().__getstate__(), "_runners": [], "_stamp": []}
 
     def extra_repr(self) -> str:
         """Shape and formats, for `print(model)`."""

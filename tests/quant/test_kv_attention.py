@@ -197,3 +197,44 @@ def test_registration_covers_attention_and_masks() -> None:
     register()
     assert AttentionInterface()[kv_attention.NAME] is kv_attention.kv_attention
     assert AttentionMaskInterface()[kv_attention.NAME] is sdpa_mask
+
+
+def test_autocast_around_a_call_changes_nothing() -> None:
+    parts = tensors(200, 200)
+    shape, _ = layout(200, 200, 30, 0)
+    scoring = Scoring(0.4, None, True, None, None)
+    wanted = attend(view_of(parts, *shape), parts[0], scoring)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(view_of(parts, *shape), parts[0], scoring)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("residual", [0, 30])
+def test_padding_skips_what_no_query_of_a_prompt_sees(
+    causal: bool, residual: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = tensors(300, 300)
+    mask = torch.ones(ROWS, 1, 300, 300, dtype=torch.bool)
+    if causal:
+        mask = mask.tril()
+    mask[1, :, :, :100] = False
+    n_scored: list[int] = []
+    masked = kv_attention._masked
+
+    def spy(scores: torch.Tensor, *others: Any) -> torch.Tensor:
+        n_scored.append(scores.shape[-1] * scores.shape[-2])
+        return masked(scores, *others)
+
+    monkeypatch.setattr(kv_attention, "_masked", spy)
+    shape, dense = layout(300, 300, residual, 0)
+    scoring = Scoring(0.4, mask, True, None, None)
+    found = attend(view_of(parts, *shape), parts[0], scoring)
+    torch.testing.assert_close(found, expected(parts, dense, scoring).float(), rtol=1e-4, atol=2e-5)
+    skipping = sum(n_scored)
+    n_scored.clear()
+    additive = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)  # these are not looked at
+    attend(view_of(parts, *shape), parts[0], Scoring(0.4, additive, True, None, None))
+    if causal:
+        assert skipping < 0.7 * sum(n_scored), "queries before a run were scored against it"

@@ -252,7 +252,11 @@ def test_bytes_are_those_of_all_tensors() -> None:
     per_token = DIM // 2 + VALUE_DIM // 2 + 2 * 4
     pages = ROWS * HEADS * 128 * per_token + 2 * ROWS * 2 * 8  # + table, references
     dense = ROWS * HEADS * (16 + 64 + 64 + 4) * (DIM + VALUE_DIM) * 4
-    assert layer.n_bytes == pages + dense
+    assert layer.n_bytes == pages + dense + ROWS * 8  # + where the sinks begin
+    padded = layer_of(INT4, 16, 4, reserve=128, starts=torch.tensor([0, 3]))
+    padded.update(*tokens(70))
+    assert padded._read(0, 10)[0].shape[2] == 10
+    assert padded.n_bytes == layer.n_bytes + 3 * ROWS * 4 * 8, "where they lie is remembered"
 
 
 def test_offloading_and_copies() -> None:
@@ -298,3 +302,82 @@ def test_a_cache_replaces_layers_of_full_attention_only() -> None:
     cache.update(*tokens(5), 0)
     assert cache.n_bytes == ROWS * HEADS * 5 * (DIM + VALUE_DIM) * 4
     assert kv_cache.is_packed(cache.layers[0]) is False
+
+
+@pytest.mark.parametrize("residual", [8, 64])
+def test_tokens_are_stored_in_blocks_and_ahead_of_need(
+    residual: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    encode = kv_pages.Side.encode
+
+    def spy(self: Any, vectors: torch.Tensor) -> Any:
+        calls.append(vectors.shape[2])
+        return encode(self, vectors)
+
+    monkeypatch.setattr(kv_pages.Side, "encode", spy)
+    layer = layer_of(INT4, residual)
+    new, asked = tokens(300), queries(300)
+    found = feed(layer, new, [100, *[1] * 200], asked)
+    assert 4 < len(calls) <= 2 * (1 + 200 // residual), (
+        "each token that leaves the window costs a call"
+    )
+    layer.crop(-30)
+    again = feed(layer, tuple(p[:, :, 270:] for p in new), [1] * 30, asked[:, :, 270:])
+    torch.testing.assert_close(again, found[:, :, 270:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("handles", [True, False])
+@FORMATS
+def test_a_cache_goes_on_outside_of_inference_mode(form: Any, handles: bool) -> None:
+    new = tokens(400)
+    starts = torch.tensor([0, 5])
+    caches = [layer_of(form, 20, 4, handles=handles, starts=starts) for _ in range(2)]
+    cuts = (slice(0, 90), slice(90, 91), slice(91, 170), slice(170, 171), slice(171, 400))
+    for index, cut in enumerate(cuts):
+        part = tuple(vectors[:, :, cut] for vectors in new)
+        with torch.inference_mode(index < 2):
+            caches[0].update(*(vectors.clone() for vectors in part))
+            if index == 1:
+                caches[0].batch_select_indices(torch.tensor([1, 0]))
+                caches[0].batch_select_indices(torch.tensor([1, 0]))
+        caches[1].update(*part)
+    caches[0].reorder_cache(torch.tensor([0, 1]))
+    for one, other in zip(caches[0]._read(0, 380), caches[1]._read(0, 380), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("handles", [True, False])
+def test_backward_through_a_cache_is_refused_by_name(handles: bool) -> None:
+    layer = layer_of(DENSE, 8, 2, handles=handles)
+    keys, values = (part.requires_grad_() for part in tokens(20))
+    for part in (slice(0, 12), slice(12, 20)):
+        key, value = layer.update(keys[:, :, part], values[:, :, part])
+    asked = queries(8).requires_grad_()
+    scoring = Scoring(0.4, None, True, None, None)
+    output = attend(key.view, asked, scoring) if handles else value
+    with pytest.raises(FewbitError, match=r"takes no gradient.*use_cache=False"):
+        output.sum().backward()
+    assert not any(tensor.requires_grad for tensor in layer._arena().tensors())
+
+
+def test_sinks_that_begin_apart_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(INT4, 0, 3, starts=torch.tensor([0, 70]))
+    keys, values = tokens(150)
+    layer.update(keys, values)
+    found = [layer._read(0, 150) for _ in range(2)]
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # a search now would fail
+    found.append(layer._read(0, 149))
+    assert torch.equal(found[2][1], found[0][1][:, :, :149])
+    assert torch.equal(found[1][0], found[0][0])
+
+
+@pytest.mark.parametrize("handles", [True, False])
+def test_autocast_around_an_update_changes_nothing(handles: bool) -> None:
+    new = tokens(100)
+    plain, cast = (layer_of(INT4, 8, 2, handles=handles) for _ in range(2))
+    plain.update(*new)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.update(*new)
+    for one, other in zip(plain._read(0, 92), cast._read(0, 92), strict=True):
+        assert torch.equal(one, other)

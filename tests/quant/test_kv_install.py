@@ -1,6 +1,11 @@
 """Plain `generate()` on tiny models of every architecture, with the packed cache in it."""
 
 import copy
+import functools
+import io
+import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ from torch import nn
 
 import tiny_models
 from fewbit.quant import kv_install
-from fewbit.quant.errors import RecipeError
+from fewbit.quant.errors import FewbitError, RecipeError
 from fewbit.quant.kv_attention import NAME
 from fewbit.quant.kv_cache import KVCache
 from fewbit.quant.kv_install import install, model_policy, new_cache, passes_through, takes_handles
@@ -55,6 +60,7 @@ def caches_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     forward = model.forward
 
+    @functools.wraps(forward)  # generate() reads its signature
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs.get("past_key_values"))
         return forward(*args, **kwargs)
@@ -210,7 +216,7 @@ def test_copies_and_saved_models_are_whole(tmp_path: Path) -> None:
     ids = batch()[0]
     wanted = model.generate(ids, **GREEDY)
     twin = copy.deepcopy(model)
-    assert twin._prepare_cache_for_generation.__self__ is twin
+    assert twin._prepare_cache_for_generation.model is twin
     assert torch.equal(twin.generate(ids, **GREEDY), wanted)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -293,3 +299,95 @@ def test_what_counts_as_passing_through() -> None:
     assert not takes_handles(nn.Linear(2, 2)), "a model that never updates a cache is unknown"
     assert not passes_through(len), "no source"
     assert kv_install._tree(len) is None
+
+
+def test_a_pickled_model_generates_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = installed("llama", "int4_window")
+    ids, mask = batch()
+    wanted = model.generate(ids, attention_mask=mask, **GREEDY)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twins = [pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for twin in twins:
+        assert twin._prepare_cache_for_generation.model is twin
+        seen = caches_of(twin, monkeypatch)
+        assert torch.equal(twin.generate(ids, attention_mask=mask, **GREEDY), wanted)
+        assert isinstance(seen[0], KVCache)
+
+
+def test_a_pickled_model_generates_in_a_fresh_process(tmp_path: Path) -> None:
+    model = installed("llama", "int4_window")
+    ids, mask = batch()
+    wanted = model.generate(ids, attention_mask=mask, **GREEDY)
+    torch.save((model, ids, mask, GREEDY), tmp_path / "model.pt")
+    program = (
+        "import sys, torch\n"
+        "model, ids, mask, settings = torch.load(sys.argv[1] + '/model.pt', weights_only=False)\n"
+        "found = model.generate(ids, attention_mask=mask, **settings)\n"
+        "torch.save(found, sys.argv[1] + '/found.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert torch.equal(torch.load(tmp_path / "found.pt"), wanted)
+
+
+@pytest.mark.parametrize("new", [NEW, 100])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_conversation_leaves_inference_mode(name: str, new: int) -> None:
+    model = installed("llama", name)
+    ids = batch()[0][:1]
+    with torch.inference_mode():
+        settings = {**GREEDY, "max_new_tokens": new, "min_new_tokens": new}
+        first = model.generate(ids, return_dict_in_generate=True, **settings)
+    longer = torch.cat([first.sequences.clone(), ids[:, :5]], dim=1)
+    again = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(again, model.generate(longer, **GREEDY))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
+def test_an_attention_that_the_caller_chose_stays(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = batch()
+    default = tiny_models.make_model(arch)
+    free = default.get_correct_attn_implementation(None)
+    chosen = "eager" if free == "sdpa" else "flex_attention"
+    default.config._attn_implementation_internal = chosen  # as from_pretrained leaves it
+    install(default, policy("dense"))
+    assert default.config._attn_implementation == chosen
+    if chosen == "eager":
+        seen = caches_of(default, monkeypatch)
+        found = default.generate(ids, attention_mask=mask, **GREEDY)
+        assert isinstance(seen[0], KVCache) and not seen[0].layers[0].handles
+        wanted = tiny_models.make_model(arch).generate(ids, attention_mask=mask, **GREEDY)
+        assert torch.equal(found, wanted)
+
+
+def test_a_checkpoint_that_names_another_cache_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = installed("llama", "int4")
+    ids = batch()[0]
+    settings = {**GREEDY, "disable_compile": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.generate(ids, cache_implementation="static", **settings)  # the caller's own wish
+    model.generation_config.cache_implementation = "static"
+    with pytest.warns(RuntimeWarning, match="cache_implementation 'static'.*packed KV cache"):
+        model.generate(ids, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.generate(ids, **settings)
+    seen = caches_of(model, monkeypatch)
+    model.generate(ids, cache_implementation="dynamic", **settings)
+    assert isinstance(seen[0], KVCache)
+
+
+def test_backward_after_a_cached_forward_is_refused() -> None:
+    model = installed("llama", "int4")
+    ids = batch()[0]
+    loss = model(ids, labels=ids, past_key_values=new_cache(model)).loss
+    with pytest.raises(FewbitError, match="takes no gradient"):
+        loss.backward()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad is not None

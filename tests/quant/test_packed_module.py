@@ -1,6 +1,7 @@
 """What a holder of stored parts knows besides them; `test_linear.py` tests how parts move."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -48,3 +49,19 @@ def test_the_stamp_changes_with_every_write_and_replacement() -> None:
     stamps.append(holder.state_stamp())
     assert stamps[0] != stamps[1] != stamps[2]
     assert holder.state_stamp() == stamps[2]
+
+
+def test_a_pickle_holds_the_parts_and_not_the_file_that_they_are_a_view_of() -> None:
+    holder = module()
+    whole = torch.arange(1 << 20, dtype=torch.int32).to(torch.uint8)  # stands for a mapped file
+    holder.codes = whole[64 : 64 + holder.codes.numel()].view(holder.codes.shape)
+    holder.scale_group = whole[:32].view(torch.float16).view(holder.scale_group.shape)
+    stored = io.BytesIO()
+    torch.save(holder, stored)  # torch refuses two dtypes of one storage
+    assert len(stored.getvalue()) < 1 << 16
+    again = torch.load(io.BytesIO(stored.getvalue()), weights_only=False)
+    for name, part in holder.named_buffers():
+        assert torch.equal(again.get_buffer(name), part)
+    twin = copy.deepcopy(holder)
+    assert twin.codes.untyped_storage().nbytes() == holder.codes.numel()
+    assert holder.codes.untyped_storage().nbytes() == whole.numel()
