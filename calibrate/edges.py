@@ -182,7 +182,8 @@ def _block_edges(
     tensors = graph.source_tensors
     unread = tuple(
         key for key in keys
-        if len(tensors[key].shape) > 1 and (key not in seen or not _placed(graph, key))
+        if len(tensors[key].shape) > 1 and not key.endswith("bias")
+        and (key not in seen or not _placed(graph, key))
     )  # fmt: skip
     return BlockEdges(
         name=prefix,

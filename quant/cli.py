@@ -227,7 +227,7 @@ def _recipes(options: argparse.Namespace) -> int:
         print(read_recipe_text(options.name)[1], end="")
         return 0
     for name in recipe_names():
-        print(f"{name:14s} {load_recipe(name).summary}")
+        print(f"{name:16s} {load_recipe(name).summary}")
     return 0
 
 
