@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of named errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_eval, _add_generate, _add_inspect):
+    for add in (_add_quantize, _add_eval, _add_generate, _add_inspect, _add_kernels):
         add(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print one")
     recipes.add_argument("name", nargs="?")
@@ -116,6 +116,23 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--verify", action="store_true", help="check every checksum and shape")
     parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for stdout")
     parser.set_defaults(run=_inspect)
+
+
+def _add_kernels(commands: Any) -> None:
+    parser = commands.add_parser("kernels", help="which kernel runs what, and why not the others")
+    parser.add_argument("--op", choices=["linear"], default="linear")
+    parser.add_argument(
+        "--format", metavar="F", dest="weights",
+        help="of weights, with its options: int_group:bits=8,group=row",
+    )  # fmt: skip
+    parser.add_argument("--activation", metavar="A", help="format of inputs, e.g. int8_token; none")
+    parser.add_argument("--shape", metavar="MxNxK", help="explain one product, not the table")
+    parser.add_argument("--gpu", metavar="NAME", help="a described machine (h200, cpu, FILE.json)")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of x"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for stdout")
+    parser.set_defaults(run=_kernels)
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -217,6 +234,20 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = inspect(options.path, verify=options.verify)
     _emit(options.json, found.to_json(), found.text())
+    return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from .kernel_report import kernel_report
+
+    value, text = kernel_report(
+        weights=options.weights,
+        activation=options.activation,
+        shape=options.shape,
+        gpu=options.gpu,
+        dtype=options.dtype,
+    )
+    _emit(options.json, value, text)
     return 0
 
 

@@ -143,16 +143,25 @@ DENSE_BUDGET = DenseBudget(available_memory)
 def off_cpu(problem: Problem) -> Iterator[Reason]:
     """The reason against another device, if it is one."""
     if problem.device != "cpu":
+        machine = f" ({problem.machine})" if problem.machine else ""
         yield Reason(
-            "ARCH", f"runs on the CPU, got {problem.device}", "use a kernel of that device"
+            "ARCH", f"runs on the CPU, got {problem.device}{machine}", "use a kernel of that device"
         )
+
+
+def capability_of(problem: Problem) -> str:
+    """Vector instructions of the CPU in question: "AVX512", "AVX2", or another word of torch's."""
+    if problem.described is None:
+        return torch.backends.cpu.get_cpu_capability()
+    isa = problem.described.isa
+    return next((name for name in ("AVX512", "AVX2") if name.lower() in isa), "DEFAULT")
 
 
 def _not_packable(problem: Problem, dtypes_text: str) -> Iterator[Reason]:
     """Conditions that int4pack and int8pack share."""
     yield from off_cpu(problem)
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX2", "AVX512"):
+    capability = capability_of(problem)
+    if problem.device == "cpu" and capability not in ("AVX2", "AVX512"):
         yield Reason("ARCH", f"needs AVX2 or AVX-512, got {capability}", "use dense_cached")
     if problem.dtype != torch.bfloat16:
         yield Reason(
@@ -163,7 +172,7 @@ def _not_packable(problem: Problem, dtypes_text: str) -> Iterator[Reason]:
     if problem.m_bucket > _MAX_M:
         yield Reason(
             "SHAPE_M",
-            f"takes time proportional to M; M <= {_MAX_M}, got a bucket of {problem.m_bucket}",
+            f"takes time proportional to M; needs M <= {_MAX_M}, got a bucket of {problem.m_bucket}",
             "dense_cached and dense_chunked do not",
         )
     if problem.n_terms != 1:
@@ -194,7 +203,7 @@ def _refuse_int4(problem: Problem) -> tuple[Reason, ...]:
         reasons.append(
             Reason(
                 "GROUP",
-                f"groups of 32, 64 or 128 columns, got {options.group!r} with K = {problem.k}",
+                f"needs groups of 32, 64 or 128 columns, got {options.group!r} with K = {problem.k}",
                 "quantize with group = 32 or larger (a whole row: K a multiple of 32)",
             )
         )
@@ -210,26 +219,38 @@ def _refuse_int8(problem: Problem) -> tuple[Reason, ...]:
     if options.group != "row":
         reasons.append(
             Reason(
-                "GROUP", f"one scale for a row, got {options.group}", "quantize with group = 'row'"
+                "GROUP",
+                f"needs one scale for a row, got groups of {options.group}",
+                "quantize with group = 'row'",
             )
         )
     if not options.symmetric:
-        reasons.append(Reason("ZERO", "has no zero point", "quantize with symmetric = true"))
+        reasons.append(
+            Reason(
+                "ZERO",
+                "needs symmetric weights, got zero points",
+                "quantize with symmetric = true",
+            )
+        )
     return tuple(reasons)
 
 
 def _refuse_cached(problem: Problem) -> tuple[Reason, ...]:
-    return (*off_cpu(problem), *no_room(_dense_bytes(problem)))
+    return (*off_cpu(problem), *no_room(problem, _dense_bytes(problem)))
 
 
-def no_room(needed: int) -> Iterator[Reason]:
-    """The reason against keeping a decoded weight of `needed` bytes, if the budget is used up."""
-    room = DENSE_BUDGET.room()
+def no_room(problem: Problem, needed: int) -> Iterator[Reason]:
+    """The reason against keeping a decoded weight of `needed` bytes, if the budget is used up. A
+    described machine has all of its memory free."""
+    if problem.device != "cpu":
+        return
+    described = problem.described
+    room = (described.memory_bytes or 0) // 2 if described else DENSE_BUDGET.room()
     if needed > room:
         yield Reason(
             "MEMORY",
-            f"needs {needed >> 20} MiB for the decoded weight, {room >> 20} MiB are left of a "
-            f"budget of half the free memory",
+            f"needs {needed >> 20} MiB for the decoded weight, got {room >> 20} MiB, what is left of "
+            f"a budget of half the free memory",
             "free memory, or accept dense_chunked",
         )
 

@@ -211,10 +211,18 @@ def _not_here(name: str, problem: Problem) -> Iterator[Reason]:
         )
     if problem.device != "cpu" or problem.activation != ACTIVATION.name:
         return
-    fault = _trial(name)
+    fault = _trial(name) if problem.described is None else _untried(problem)
     if fault:
         yield Reason("ARCH", fault, "use dense_cached")
-    yield from cpu.no_room(problem.n * problem.k)
+    yield from cpu.no_room(problem, problem.n * problem.k)
+
+
+def _untried(problem: Problem) -> str | None:
+    """What `_trial` would find on a described CPU: operators without VNNI are not exact."""
+    capability = cpu.capability_of(problem)
+    if capability in ("AVX2", "AVX512") and problem.described and "vnni" in problem.described.isa:
+        return None
+    return f"needs AVX2 or AVX-512 with VNNI, got {capability} without"
 
 
 # ---- kernels --------------------------------------------------------------------------------

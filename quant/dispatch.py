@@ -1,9 +1,10 @@
 """Choosing a kernel for each (weight, bucket of M, dtype, device), and running it.
 
 Every known kernel answers a `Problem` with its violated conditions. Among those without any, the
-smallest estimated time wins, then the higher priority, then the name, so that two processes with
-the same inputs agree. `FEWBIT_KERNEL=name` forces one kernel; forcing one that refuses is an error,
-and so is a name that does not exist.
+smallest estimated time wins; within 3 % of it, which estimates cannot tell apart, the higher
+priority does, then the name. No kernel is run for that, so two processes with the same inputs
+agree, and a problem of a described machine can be decided on any other. `FEWBIT_KERNEL=name` forces
+one kernel; forcing one that refuses is an error, and so is a name that does not exist.
 
 A `Runner` belongs to one weight and remembers its choices: the environment is read, kernels are
 asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
@@ -33,11 +34,13 @@ from . import cpu, cpu_int8, reference
 from .activation import IntegerKernel, find_activation
 from .errors import NoKernelError, nearest_name
 from .kernel import Kernel, Problem, Reason
+from .machine import Limit, limit_of, this_device
 from .packed import PackedTensor
 from .registry import discover
 
 # Rows of x rounded up to one of these; above the last, the last.
 M_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+_TIE = 1.03  # estimates nearer than this are equal
 _FORCE = "FEWBIT_KERNEL"
 
 
@@ -64,7 +67,8 @@ def m_bucket(m: int) -> int:
 def problem_of(
     packed: PackedTensor, m: int, dtype: torch.dtype, device: str, activation: str | None = None
 ) -> Problem:
-    """The problem that m rows of `dtype`, rounded to `activation`, pose to a weight [N, K]."""
+    """The problem that m rows of `dtype`, rounded to `activation`, pose to a weight [N, K] on
+    this machine."""
     first = packed.terms[0]
     n, k = packed.shape[-2:]
     return Problem(
@@ -77,22 +81,26 @@ def problem_of(
         dtype=dtype,
         device=device,
         activation=activation,
+        machine=this_device(device) if device in ("cpu", "cuda") else None,
     )
 
 
 @dataclass(frozen=True)
 class Explanation:
     """Why `chosen` runs `problem`: what else would fit, with estimated seconds, best first, and
-    what does not, with all its reasons. forced: the choice came from the environment."""
+    what does not, with all its reasons. forced: the choice came from the environment. limit: what no
+    kernel can beat, None if the machine's rates are unknown."""
 
     problem: Problem
     chosen: str
     eligible: tuple[tuple[str, float], ...]
     refused: Mapping[str, tuple[Reason, ...]]
     forced: bool = False
+    limit: Limit | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: problem, activation, chosen, forced, eligible, refused."""
+        """JSON form: problem, activation, chosen, forced, eligible, refused, limit. All seconds are
+        estimates; `share` is the limit's over the chosen kernel's."""
         return {
             "problem": str(self.problem),
             "activation": self.problem.activation,
@@ -103,16 +111,25 @@ class Explanation:
                 name: [asdict(reason) for reason in reasons]
                 for name, reasons in self.refused.items()
             },
+            "limit": {**asdict(self.limit), "estimated": True} if self.limit else None,
         }
 
     def text(self) -> str:
-        """One line for each kernel, under a line for the problem."""
+        """One line for each kernel and the limit, under a line for the problem."""
         lines = [str(self.problem)]
         for name, seconds in self.eligible:
             mark = "CHOSEN" if name == self.chosen else "ok    "
             forced = f" (forced by {_FORCE})" if self.forced and name == self.chosen else ""
             lines.append(f" {mark} {name} {seconds * 1e6:.1f} us estimated{forced}")
-        return "\n".join(lines + _refusal_lines(self.refused))
+        lines += _refusal_lines(self.refused)
+        if self.limit:
+            lines.append(
+                f" limit  {self.limit.bound} {self.limit.seconds * 1e6:.1f} us estimated; "
+                f"{self.chosen} reaches {self.limit.share:.0%} of it"
+            )
+        else:
+            lines.append(" limit  unknown: no rates are known of this machine")
+        return "\n".join(lines)
 
 
 def _refusal_lines(refused: Mapping[str, tuple[Reason, ...]]) -> list[str]:
@@ -145,12 +162,25 @@ def explain(
             eligible.append(kernel)
     if problem.device == "cpu":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
-    ranked = sorted((kernel.seconds(problem), -kernel.priority, kernel.name) for kernel in eligible)
-    order = tuple((name, seconds) for seconds, _, name in ranked)
+    order = _ranked([(kernel, kernel.seconds(problem)) for kernel in eligible])
     chosen = order[0][0]  # `reference` never refuses
     if forced is not None:
         chosen = _forced_choice(forced, problem, [name for name, _ in order], refused)
-    return Explanation(problem, chosen, order, refused, forced is not None)
+    limit = limit_of(problem, dict(order)[chosen])
+    return Explanation(problem, chosen, order, refused, forced is not None, limit)
+
+
+def _ranked(timed: list[tuple[Kernel, float]]) -> tuple[tuple[str, float], ...]:
+    """(name, seconds), best first: of those within `_TIE` of the fastest left, the higher priority
+    comes next, then the name."""
+    left, order = list(timed), []
+    while left:
+        bound = _TIE * min(seconds for _, seconds in left)
+        tied = [entry for entry in left if entry[1] <= bound]
+        best = min(tied, key=lambda entry: (-entry[0].priority, entry[0].name))
+        order.append((best[0].name, best[1]))
+        left.remove(best)
+    return tuple(order)
 
 
 def _forced_choice(

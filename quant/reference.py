@@ -30,11 +30,13 @@ from torch.nn import functional
 from .activation import RoundedRows, find_activation, integer_form
 from .format import IntegerForm, dequantize
 from .kernel import Kernel, Problem, Reason
+from .machine import limit_of
 from .packed import PackedTensor
 
 # For ranking, and low on purpose: a kernel that does the same work must come first.
 _DECODE_WEIGHTS_PER_SECOND = 3e8
 _MACS_PER_SECOND = 5e9
+_DECODED_BYTES = 64  # moved for each weight on a GPU: about 16 passes in fp32, a guess
 _BLOCK_WEIGHTS = 1 << 22  # integers widened to fp64 at once: 32 MB
 
 
@@ -93,6 +95,10 @@ def _prepare(packed: PackedTensor, dtype: torch.dtype) -> PackedTensor:
 
 def _seconds(problem: Problem) -> float:
     weights = problem.n * problem.k
+    limit = limit_of(problem, 1.0) if problem.device != "cpu" else None
+    if limit and problem.machine and problem.machine.bandwidth_bytes_per_second:
+        moved = problem.n_terms * weights * _DECODED_BYTES
+        return limit.seconds + moved / problem.machine.bandwidth_bytes_per_second
     decode = problem.n_terms * weights / _DECODE_WEIGHTS_PER_SECOND
     return decode + weights * problem.m_bucket / _MACS_PER_SECOND
 

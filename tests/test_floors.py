@@ -13,9 +13,10 @@ FLOORS = {
         "quant.registry", "quant.page_format"},
     1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.tuned", "quant.recipe",
         "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
-        "quant.byte_lanes"},
+        "quant.byte_lanes", "quant.machine"},
     4: {"quant.evaluate", "quant.score", "quant.plan", "quant.inspect", "quant.doctor",
-        "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress"},
+        "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress",
+        "quant.kernel_report"},
 }  # fmt: skip
 FORBIDDEN = ("utils", "util", "helpers", "common", "base", "misc")
 MAX_LINES = 450

@@ -16,6 +16,7 @@ from fewbit.quant.errors import NoKernelError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.hadamard import Hadamard
 from fewbit.quant.kernel import Kernel, Problem, Reason
+from fewbit.quant.machine import load_device, this_device
 from fewbit.quant.packed import PackedTensor, Term
 
 BF16 = torch.bfloat16
@@ -118,6 +119,15 @@ def test_time_then_priority_then_name_decide(monkeypatch: pytest.MonkeyPatch) ->
     assert found.chosen == "b"
 
 
+def test_estimates_within_three_percent_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = (fake("d", 1.029e-9), fake("c", 1.02e-9, 1), fake("b", 1.031e-9, 9), fake("e", 1e-9))
+    for known in (near, near[::-1]):
+        only(monkeypatch, *known)
+        order = [name for name, _ in explain(W4).eligible]
+        # c before e and d by priority, d before e by name; b is too slow to profit from its priority
+        assert order == ["c", "d", "e", "b", "reference"]
+
+
 def test_a_kernel_that_does_not_apply_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, fake("a", 2e-9))
     before = explain(W4)
@@ -148,6 +158,24 @@ def test_explanation_as_text_and_json() -> None:
     assert data["chosen"] == "dense_cached" and data["forced"] is False
     assert [entry["kernel"] for entry in data["eligible"]][-1] == "reference"
     assert data["refused"]["int4pack"][0]["code"] == "DTYPE"
+
+
+def test_the_limit_is_explained_where_rates_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = load_device("h200")
+    only(monkeypatch, fake("half", 2 * 1.8018e-6 - 1e-6))
+    found = explain(replace(W4, device="cuda", machine=h200))
+    assert found.limit is not None and found.limit.bound == "memory"
+    assert found.as_dict()["limit"] == {
+        "bound": "memory", "seconds": found.limit.seconds, "share": found.limit.share,
+        "estimated": True,
+    }  # fmt: skip
+    assert found.limit.share == pytest.approx(0.5, abs=2e-3)
+    assert (
+        found.text().splitlines()[-1] == " limit  memory 1.8 us estimated; half reaches 50% of it"
+    )
+    unknown = explain(W4)
+    assert unknown.limit is None and unknown.as_dict()["limit"] is None
+    assert unknown.text().splitlines()[-1].startswith(" limit  unknown")
 
 
 def test_same_inputs_give_the_same_explanation() -> None:
@@ -196,8 +224,9 @@ def test_forced_unknown_kernel_names_the_nearest(monkeypatch: pytest.MonkeyPatch
 def test_problem_of_a_weight() -> None:
     packed = pack(torch.randn(8, 40), IntGroupOptions(3, 16))
     assert problem_of(packed, 5, BF16, "cpu") == Problem(
-        "int_group", IntGroupOptions(3, 16), 1, 8, 8, 40, BF16, "cpu"
+        "int_group", IntGroupOptions(3, 16), 1, 8, 8, 40, BF16, "cpu", machine=this_device("cpu")
     )
+    assert problem_of(packed, 5, BF16, "meta").machine is None
 
 
 @vectorised
