@@ -69,12 +69,14 @@ class AttentionEdge:
 class MlpEdge:
     """A gated MLP or one expert: rows of gate and up (weight and bias), columns of down.
 
+    width: entries of the axis between them.
     turned: the input of down is transformed at run time, so its columns no longer belong to rows.
     """
 
     gate: tuple[Side, ...]
     up: tuple[Side, ...]
     down: Side
+    width: int
     turned: bool = False
 
 
@@ -286,7 +288,12 @@ def _rotary(config: Any, head_dim: int) -> int:
 def _mlps(keys: Sequence[str], tensors: Mapping[str, Any]) -> tuple[MlpEdge, ...]:
     gates, ups, downs = (_named(keys, part) for part in ("gate", "up", "down"))
     return tuple(
-        MlpEdge(_rows(gates[owner], tensors), _rows(ups[owner], tensors), Side(downs[owner], -1))
+        MlpEdge(
+            _rows(gates[owner], tensors),
+            _rows(ups[owner], tensors),
+            Side(downs[owner], -1),
+            tensors[downs[owner]].shape[-1],
+        )
         for owner in downs
         if owner in gates and owner in ups
     )

@@ -10,7 +10,7 @@ is recorded), `tune` adjusts what a later pass rounds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -95,11 +95,13 @@ class ModelView:
 @dataclass(frozen=True)
 class ModelEdits:
     """Edits of a transform of the whole model. basis: new basis of the residual stream, None if it
-    stays. untie: the head must become a tensor of its own."""
+    stays. untie: the head must become a tensor of its own. online: what is left to run time, source
+    tensor -> transform of its input."""
 
     edits: tuple[Edit, ...]
     basis: Hadamard | None = None
     untie: bool = False
+    online: Mapping[str, Hadamard] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,12 @@ class BlockTransform:
 
 @dataclass(frozen=True)
 class ModelTransform:
-    """A function-preserving rewrite of the whole model from its weights alone. Exposed as `PASS`.
-
-    online(view, options): what is left to run time: source tensor -> transform of its input.
-    """
+    """A function-preserving rewrite of the whole model from its weights alone. Exposed as `PASS`."""
 
     name: str
     Options: type[Any]
     refuse: Callable[[ModelEdges, Any], str | None]
     edits: Callable[[ModelView, Any], ModelEdits]
-    online: Callable[[ModelView, Any], Mapping[str, Hadamard]] = lambda view, options: {}
     kind: Literal["xform"] = "xform"
 
 

@@ -159,7 +159,8 @@ def _trial(name: str) -> str | None:
         layout = _layout(form, name)
         y = _multiply(rows, layout, name, torch.float32)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return f"is not available: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines() or [type(error).__name__]
+        return f"is not available: {reason[0]}"
     if not torch.equal(y, integer_linear(rows, form)):
         return f"does not return the exact integers on this processor ({capability} without VNNI)"
     return None

@@ -83,7 +83,7 @@ def transform_model(
             config = _untied(config)
         source.add(found.edits)
         basis = found.basis or basis
-        online.update(step.step.online(view, step.options))
+        online.update(found.online)
     edges = with_online(edges, online.keys())
     for part in plan.block:
         _refuse(part.step.name, part.step.refuse(edges, part.options), edges)

@@ -109,7 +109,7 @@ def transformed(
             config["tie_word_embeddings"] = False
         edited.add(found.edits)
         basis = found.basis or basis
-        online.update(step.step.online(view, step.options))
+        online.update(found.online)
     blocks = ModelGraph(config, edited, dtype, CPU, online)
     inputs = blocks.start(make_tokens(4, 24, seed=3), 2)
     for index in range(len(blocks.block_names)):

@@ -13,7 +13,6 @@ Q is a Hadamard matrix over √n with random signs (`quant/hadamard.py`); an axi
 is rotated in the largest blocks that have.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,9 +117,9 @@ def edits(view: ModelView, options: RotateOptions) -> ModelEdits:
     for block in view.edges.blocks:
         if "value_heads" in options.edges:
             found += _value_heads(block, view, options)
-    online_found = online(view, options)
-    found += [Edit(Side(key, -1), Rotate(turn)) for key, turn in online_found.items()]
-    return ModelEdits(tuple(found), basis, untie)
+    online = _down_inputs(view, options) if "down_proj" in options.edges else {}
+    found += [Edit(Side(key, -1), Rotate(turn)) for key, turn in online.items()]
+    return ModelEdits(tuple(found), basis, untie, online)
 
 
 def _hadamard(size: int, view: ModelView, options: RotateOptions) -> Hadamard:
@@ -159,16 +158,13 @@ def _value_heads(block: BlockEdges, view: ModelView, options: RotateOptions) -> 
     return [Edit(side, turn) for side in (*attention.v, attention.o)]
 
 
-def online(view: ModelView, options: RotateOptions) -> Mapping[str, Hadamard]:
-    """Transforms of inputs that are left to run time."""
-    if "down_proj" not in options.edges:
-        return {}
-    found = {}
-    for block in view.edges.blocks:
-        (mlp,) = block.mlps
-        size = view.read(mlp.down.key).shape[-1]
-        found[mlp.down.key] = _hadamard(size, view, options)
-    return found
+def _down_inputs(view: ModelView, options: RotateOptions) -> dict[str, Hadamard]:
+    """Transforms of the inputs of down, for run time."""
+    return {
+        mlp.down.key: _hadamard(mlp.width, view, options)
+        for block in view.edges.blocks
+        for mlp in block.mlps
+    }
 
 
 PASS = ModelTransform(
@@ -176,5 +172,4 @@ PASS = ModelTransform(
     Options=RotateOptions,
     refuse=refuse,
     edits=edits,
-    online=online,
 )

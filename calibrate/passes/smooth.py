@@ -220,8 +220,10 @@ def _down_sites(view: BlockView) -> Iterator[Site]:
         yield Site(mlp.up, (mlp.down,), sizes, error, wide)
 
 
-def _scaled_error(probe: Probe) -> Error:
-    return lambda factors: probe.scaled(factors.float())
+def _scaled_error(
+    probe: Probe, spread: Callable[[torch.Tensor], torch.Tensor] = lambda factors: factors
+) -> Error:
+    return lambda factors: probe.scaled(spread(factors).float())
 
 
 # ---- o_proj ---------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def _value_sites(view: BlockView) -> Iterator[Site]:
         error = _cached_error(view, sample, weight, edge)
     elif rule is not None:
         probe = make_probe(x, weight, rule, view.activation)
-        error = lambda factors: probe.scaled(spread(factors).float())  # noqa: E731
+        error = _scaled_error(probe, spread)
     wide = _stay_wide(view, edge.v[0], edge.o)
     yield Site(edge.v, (edge.o,), sizes, error, wide, spread)
 

@@ -20,7 +20,7 @@ ATTENTION = AttentionEdge((), (), (), Side("o"), None, None, 2, 2, 8, 8)
 
 
 def mlp(name: str, turned: bool = False) -> MlpEdge:
-    return MlpEdge((Side(f"{name}.gate", -2),), (Side(f"{name}.up", -2),), Side(name), turned)
+    return MlpEdge((Side(f"{name}.gate", -2),), (Side(f"{name}.up", -2),), Side(name), 1, turned)
 
 
 def block(*mlps: MlpEdge, attention: AttentionEdge | None = ATTENTION) -> BlockEdges:

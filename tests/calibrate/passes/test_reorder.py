@@ -62,7 +62,7 @@ def view(loud=True, rule=RULE, experts=1, seed=0):
         weights["down"][:, pick] *= 8
         heads = torch.rand(KV_HEADS, 1, DIM, generator=g) < 0.5
         weights["o"][:, heads.expand(-1, HEADS // KV_HEADS, -1).flatten()] *= 8
-    mlp = MlpEdge((Side("gate", -2),), (Side("up", -2),), Side("down", -1))
+    mlp = MlpEdge((Side("gate", -2),), (Side("up", -2),), Side("down", -1), INNER)
     edge = AttentionEdge(
         (Side("q", -2),), (Side("k", -2),), (Side("v", -2), Side("vb")), Side("o", -1),
         None, None, HEADS, KV_HEADS, DIM, DIM,

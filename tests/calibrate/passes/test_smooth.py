@@ -81,7 +81,7 @@ def view(up_scale=None, v_scale=None, kv=KV, rules=("up", "down", "v", "o"), see
         q, k, v, is_causal=True, enable_gqa=True
     )
     rows = {"down": inner, "o": heads[0].transpose(0, 1).flatten(1), "up": x}
-    mlp = MlpEdge((Side("gate", -2),), (Side("up", -2),), Side("down", -1))
+    mlp = MlpEdge((Side("gate", -2),), (Side("up", -2),), Side("down", -1), INNER)
     edge = AttentionEdge(
         (Side("q", -2),), (Side("k", -2),), (Side("v", -2), Side("vb")), Side("o", -1),
         None, None, HEADS, KV_HEADS, DIM, DIM,
