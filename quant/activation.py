@@ -9,19 +9,18 @@ Formats live beside the weight formats in `quant/formats/`, as `ACTIVATION`; thi
 through the entry-point group `fewbit.activations`. Each has one definition of rounding, used by the
 oracle and by every kernel that does not carry its own.
 
-`IntegerKernel` is a `Kernel` that takes x as it is and rounds it itself; for all other kernels the
+A `Kernel` with an `activation` takes x as it is and rounds it itself; for all other kernels the
 dispatcher hands over x̂. Deliberately not here: static scales, which need calibration and clip what
 calibration has not seen.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from .errors import RecipeError, nearest_name
 from .format import IntegerForm, find_format
-from .kernel import Kernel
 from .packed import PackedTensor
 from .registry import discover
 
@@ -56,15 +55,6 @@ class Activation(Protocol):
         """Round the rows of a floating x [..., K]. Rows with NaN or Inf get a scale that is not
         finite, so that their results are not finite either."""
         ...
-
-
-@dataclass(frozen=True)
-class IntegerKernel(Kernel):
-    """A kernel whose `launch` rounds x to the format `activation` itself, and which refuses
-    problems of any other. Its results are bit-equal to `reference.integer_linear`. Its layout must not
-    depend on the dtype given to `prepare`: one serves all."""
-
-    activation: str = field(kw_only=True)
 
 
 def activations() -> dict[str, Activation]:

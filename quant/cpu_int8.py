@@ -34,11 +34,11 @@ from typing import Any
 import torch
 
 from . import cpu
-from .activation import IntegerKernel, RoundedRows, integer_form
+from .activation import RoundedRows, integer_form
 from .errors import NoKernelError
 from .format import IntegerForm, formats
 from .formats.int8_token import ACTIVATION
-from .kernel import Problem, Reason
+from .kernel import Kernel, Problem, Reason
 from .packed import PackedTensor
 from .reference import integer_linear
 
@@ -248,8 +248,8 @@ def _seconds(name: str, problem: Problem) -> float:
     return read + n * k * m / _MACS
 
 
-def _kernel(name: str, priority: int) -> IntegerKernel:
-    return IntegerKernel(
+def _kernel(name: str, priority: int) -> Kernel:
+    return Kernel(
         name,
         partial(_refuse, name),
         partial(_prepare, name),

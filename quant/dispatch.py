@@ -10,8 +10,8 @@ A `Runner` belongs to one weight and remembers its choices: the environment is r
 asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
 dictionary lookup. One layout serves all buckets of a kernel, and of an integer kernel all dtypes.
 
-Inputs rounded to an activation format: an `IntegerKernel` rounds x itself; any other kernel gets
-x̂, so that every choice computes the same function. Transforms of the input come before that.
+Inputs rounded to an activation format: a kernel with an `activation` rounds x itself; any other kernel
+gets x̂, so that every choice computes the same function. Transforms of the input come before that.
 
 Under autocast, layouts are derived and integers multiplied as without it (it fails to join integers,
 and an exact product gains nothing). Other products and the transforms follow autocast.
@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 
 from . import cpu, cpu_int8, reference
-from .activation import IntegerKernel, find_activation
+from .activation import find_activation
 from .errors import NoKernelError, nearest_name
 from .kernel import Kernel, Problem, Reason
 from .machine import Limit, limit_of, this_device
@@ -243,14 +243,14 @@ class Layouts:
         self, kernel: Kernel, weight: Callable[[], PackedTensor], dtype: torch.dtype, device: str
     ) -> Any:
         """The layout of `kernel` for x of `dtype`; derived from weight() at first."""
-        key = (kernel.name, None if isinstance(kernel, IntegerKernel) else dtype)
+        key = (kernel.name, None if kernel.activation is not None else dtype)
         if key not in self._held:
             with torch.no_grad(), _without_autocast(device):
                 self._held[key] = kernel.prepare(weight(), dtype)
         return self._held[key]
 
 
-def integer_launch(kernel: IntegerKernel, device: str) -> Launch:
+def integer_launch(kernel: Kernel, device: str) -> Launch:
     """The kernel's launch, without autocast."""
     if not torch.amp.is_autocast_available(device):
         return kernel.launch
@@ -334,7 +334,7 @@ class Runner:
 
 def _launch(kernel: Kernel, activation: str | None, device: str) -> Launch:
     """The kernel's launch, after rounding x where the kernel does not do it."""
-    if isinstance(kernel, IntegerKernel):
+    if kernel.activation is not None:
         return integer_launch(kernel, device)
     if activation is None:
         return kernel.launch

@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activation import IntegerKernel
 from .dispatch import (
     Layouts,
     Plan,
@@ -197,7 +196,7 @@ class Group:
         ready = self._layouts.ready(rows.dtype)
         problem = replace(alone, n=sum(self._widths))
         kernel = kernels()[explain(problem, forced=forced_kernel(), prepared=ready).chosen]
-        if not isinstance(kernel, IntegerKernel):
+        if kernel.activation is None:
             return None
         device = rows.device.type
         layout = self._layouts.of(

@@ -13,7 +13,7 @@ FLOORS = {
         "quant.registry", "quant.page_format"},
     1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.tuned", "quant.recipe",
         "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
-        "quant.byte_lanes", "quant.machine"},
+        "quant.byte_lanes", "quant.machine", "quant.cost_model", "quant.policy"},
     4: {"quant.evaluate", "quant.score", "quant.plan", "quant.inspect", "quant.doctor",
         "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress",
         "quant.kernel_report"},

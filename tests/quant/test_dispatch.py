@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fewbit.quant import cpu, cpu_int8, dispatch, reference
-from fewbit.quant.activation import IntegerKernel, find_activation
+from fewbit.quant.activation import find_activation
 from fewbit.quant.dispatch import M_BUCKETS, Runner, explain, kernels, m_bucket, problem_of
 from fewbit.quant.errors import NoKernelError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
@@ -396,7 +396,7 @@ def test_integer_kernels_get_x_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
         return x.new_zeros(x.shape[0], 16)
 
     plain = replace(fake("plain", 1e-9), launch=launch)
-    integer = IntegerKernel(
+    integer = Kernel(
         "integer", plain.refuse, plain.prepare, launch, plain.seconds, activation="int8_token"
     )
     packed = pack(torch.randn(16, 32), IntGroupOptions(8, "row"))
@@ -413,7 +413,7 @@ def test_layouts_of_integer_kernels_serve_all_dtypes(monkeypatch: pytest.MonkeyP
     plain = replace(
         fake("plain", 1e-9), prepare=lambda packed, dtype: (prepared.append(dtype), packed)[1]
     )
-    integer = IntegerKernel(
+    integer = Kernel(
         "integer",
         plain.refuse,
         plain.prepare,
@@ -444,7 +444,7 @@ def test_autocast_reaches_neither_layouts_nor_integer_products(
         prepare=lambda packed, dtype: note("prepare", packed),
         launch=lambda x, layout: note("launch", x.new_zeros(x.shape[0], 16)),
     )
-    integer = IntegerKernel(
+    integer = Kernel(
         "integer",
         plain.refuse,
         plain.prepare,

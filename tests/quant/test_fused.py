@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from fewbit.quant import cpu_int8, dispatch
-from fewbit.quant.activation import IntegerKernel
 from fewbit.quant.errors import FormatError
 from fewbit.quant.format import find_format
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.fused import Group, find_groups, fuse, join_rows
 from fewbit.quant.hadamard import Hadamard
+from fewbit.quant.kernel import Kernel
 from fewbit.quant.linear import QuantLinear
 from fewbit.quant.packed import PackedTensor, Term
 
@@ -65,18 +65,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     known = dict(dispatch.kernels())
 
-    def counted(kernel: IntegerKernel) -> IntegerKernel:
+    def counted(kernel: Kernel) -> Kernel:
         def launch(x: torch.Tensor, layout: object) -> torch.Tensor:
             y = kernel.launch(x, layout)
             seen.append(y.shape[1])
             return y
 
-        return IntegerKernel(
+        return Kernel(
             kernel.name, kernel.refuse, kernel.prepare, launch, kernel.seconds, kernel.priority,
             activation=kernel.activation,
         )  # fmt: skip
 
-    table = {n: counted(k) if isinstance(k, IntegerKernel) else k for n, k in known.items()}
+    table = {n: counted(k) if k.activation else k for n, k in known.items()}
     for module in ("fewbit.quant.dispatch.kernels", "fewbit.quant.fused.kernels"):
         monkeypatch.setattr(module, lambda: table)
     return seen
