@@ -60,8 +60,8 @@ class Variant:
 
     function: decorated with `jit`. types: of each argument that is not a constexpr, in order, such
     as "*fp16" or "i32". constants: value of each constexpr. divisible: arguments that are known to
-    be multiples of 16 (the launch must guarantee it: Triton looks at each value). warps, stages: as
-    given to the launch.
+    be multiples of 16 (the launch must guarantee it: Triton looks at each value). warps, stages,
+    fp_fusion: as given to the launch (may a product and a sum round once?).
     """
 
     function: Any
@@ -70,6 +70,7 @@ class Variant:
     divisible: tuple[str, ...]
     warps: int
     stages: int
+    fp_fusion: bool = True
 
 
 def compile_variant(variant: Variant, cc: tuple[int, int]) -> Compiled:
@@ -77,20 +78,24 @@ def compile_variant(variant: Variant, cc: tuple[int, int]) -> Compiled:
     kernels run in the interpreter, or if the compiler fails; its first line is in the message."""
     constants = tuple(sorted(variant.constants.items()))
     types = tuple(variant.types.items())
-    key = (variant.function, types, constants, variant.divisible, variant.warps, variant.stages)
-    return _compiled(key, cc)
+    options = (
+        ("num_warps", variant.warps),
+        ("num_stages", variant.stages),
+        ("enable_fp_fusion", variant.fp_fusion),
+    )
+    return _compiled((variant.function, types, constants, variant.divisible, options), cc)
 
 
 @cache
 def _compiled(key: tuple[Any, ...], cc: tuple[int, int]) -> Compiled:
-    function, types, constants, divisible, warps, stages = key
+    function, types, constants, divisible, options = key
     if not _triton.AVAILABLE or _triton.interpreted():
         state = "run in its interpreter here" if _triton.AVAILABLE else "need it"
         raise NoKernelError(
             f"{function.__name__}: cannot be compiled: Triton kernels {state}; install triton and "
             f"unset TRITON_INTERPRET"
         )
-    binary = _build(function, dict(types), dict(constants), divisible, warps, stages, cc)
+    binary = _build(function, dict(types), dict(constants), divisible, dict(options), cc)
     registers, stack, static, opcodes = _read_cubin(binary.asm["cubin"])
     if set(opcodes) <= {"NOP", "LDC", "BPT", "BRA", "EXIT"}:
         raise NoKernelError(
@@ -102,7 +107,7 @@ def _compiled(key: tuple[Any, ...], cc: tuple[int, int]) -> Compiled:
         registers=registers,
         stack_bytes=stack,
         smem_bytes=binary.metadata.shared + static,
-        threads=32 * warps,
+        threads=32 * dict(options)["num_warps"],
         digest=hashlib.sha256(text.encode()).hexdigest()[:16],
         opcodes=tuple(opcodes.most_common(_MOST_OPCODES)),
     )
@@ -113,12 +118,12 @@ def _build(
     types: dict[str, str],
     constants: dict[str, Any],
     divisible: tuple[str, ...],
-    warps: int,
-    stages: int,
+    options: dict[str, Any],
     cc: tuple[int, int],
 ) -> Any:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile as compile_source
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_source
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import PTXASError
 
@@ -130,7 +135,7 @@ def _build(
         return compile_source(
             source,
             target=GPUTarget("cuda", 10 * cc[0] + cc[1], 32),
-            options={"num_warps": warps, "num_stages": stages},
+            options=options,
         )
     except (CompilationError, PTXASError, RuntimeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -3,14 +3,14 @@
     from ._triton import jit, tl
 
 `jit` and `tl` are Triton's own if there is one. Otherwise `tl` answers every attribute with itself and
-`jit` leaves a function as it is: kernels can be described, refused and listed, not compiled or launched.
+`jit` leaves a function as it is: kernels can be described, refused and listed, but not launched.
 
 `off_gpu` is the reason against every problem that Triton cannot run: another device, no Triton, a GPU
 before capability 8.0. `interpreted` says whether kernels run in Triton's interpreter on the CPU, which
 is decided by `TRITON_INTERPRET=1` when the kernels are imported; it is for tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,9 +43,9 @@ else:
     tl = _Absent()
     VERSION = None
 
-    def jit(function: Any) -> Any:
-        """The function itself."""
-        return function
+    def jit(function: Any = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+        """The function itself, or a decorator that leaves it as it is."""
+        return (lambda decorated: decorated) if function is None else function
 
 
 def interpreted() -> bool:

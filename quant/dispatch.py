@@ -1,47 +1,50 @@
-"""Choosing a kernel for each (weight, bucket of M, dtype, device), and running it.
+"""Choosing a kernel and its config for a problem: a pure function of problem, rules and tables.
 
-Every known kernel answers a `Problem` with its violated conditions. Among those without any, the
-smallest estimated time wins; within 3 % of it, which estimates cannot tell apart, the higher
-priority does, then the name. No kernel is run for that, so two processes with the same inputs
-agree, and a problem of a described machine can be decided on any other. `FEWBIT_KERNEL=name` forces
-one kernel; forcing one that refuses is an error, and so is a name that does not exist.
+Every known kernel of the problem's op answers with its violated conditions; those without any are
+candidates, with each of their configs. Their times are, in this order of trust,
 
-A `Runner` belongs to one weight and remembers its choices: the environment is read, kernels are
-asked and layouts are derived the first time that a bucket of M is met, and a later call costs a
-dictionary lookup. One layout serves all buckets of a kernel, and of an integer kernel all dtypes.
+    table   a row of a tuned table for this very problem, its device and its kernels' code: it decides
+    near    estimates, corrected by how far they were off for a near shape in a table
+    model   estimates
 
-Inputs rounded to an activation format: a kernel with an `activation` rounds x itself; any other kernel
-gets x̂, so that every choice computes the same function. Transforms of the input come before that.
+and `ladder.py` makes a plan of them: ranges of M that share a candidate, ties within 3 % to the higher
+priority, then the name. No kernel is run for that, so two processes with the same inputs agree, and a
+problem of a described machine can be decided on any other. Rules (`policy.py`) come first: a kernel
+that a rule forces but that refuses is an error with every reason, and so is a name that does not exist.
+`reference` takes what nothing else takes, with one warning.
 
-Under autocast, layouts are derived and integers multiplied as without it (it fails to join integers,
-and an exact product gains nothing). Other products and the transforms follow autocast.
-
-Deliberately not here: measured tables. Ranking is by estimate only.
+`explain` is the pure function. `explain_here` and `choice` take rules and tables from where this process
+finds them. What a weight remembers of its choices is in `runner.py`.
 """
 
-import os
+import math
 import warnings
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from typing import Any, Protocol
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
 from . import cpu, cpu_int8, reference
-from .activation import find_activation
 from .errors import NoKernelError, nearest_name
-from .kernel import Kernel, Problem, Reason
+from .kernel import M_BUCKETS, AnyProblem, Kernel, Problem, Reason, bucket_of
+from .ladder import TIE, Candidate, Rung, build_ladder, rung_of
 from .machine import Limit, limit_of, this_device
 from .packed import PackedTensor
+from .policy import Policy, Rule, current_policy
 from .registry import discover
+from .tuned import NO_TABLES, Tables, current_tables
 
-# Rows of x rounded up to one of these; above the last, the last.
-M_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
-_TIE = 1.03  # estimates nearer than this are equal
-_FORCE = "FEWBIT_KERNEL"
+# Package, attribute of its modules, and the entry-point group that is listed with it.
+_SOURCES = (
+    ("fewbit.kernels_triton", "KERNEL", ""),
+    ("fewbit.kernels_triton", "KERNELS", ""),
+    ("fewbit.kernels_cuda", "KERNEL", "fewbit.kernels"),
+    ("fewbit.kernels_cuda", "KERNELS", ""),
+)
+# Names of what decided, in the words of an explanation.
+_MODEL, _NEAR, _TABLE = "model", "near", "table"
 
 
 @cache
@@ -50,9 +53,8 @@ def kernels() -> Mapping[str, Kernel]:
     entry-point group `fewbit.kernels`."""
     ours = (*cpu.KERNELS, *cpu_int8.KERNELS, reference.KERNEL)
     found: dict[str, Kernel] = {kernel.name: kernel for kernel in ours}
-    folders = (("fewbit.kernels_triton", ""), ("fewbit.kernels_cuda", "fewbit.kernels"))
-    for package, group in folders:
-        for name, kernel in discover(package, "KERNEL", group).items():
+    for package, attribute, group in _SOURCES:
+        for name, kernel in discover(package, attribute, group).items():
             if name in found:
                 raise RuntimeError(f"{package} defines kernel {name!r} again; names are unique")
             found[name] = kernel
@@ -61,7 +63,7 @@ def kernels() -> Mapping[str, Kernel]:
 
 def m_bucket(m: int) -> int:
     """Smallest bucket that holds `m` rows, or the largest bucket."""
-    return M_BUCKETS[min(bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
+    return bucket_of(m, M_BUCKETS)
 
 
 def problem_of(
@@ -85,26 +87,46 @@ def problem_of(
     )
 
 
+# ---- explanation ----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Why `chosen` runs `problem`: what else would fit, with estimated seconds, best first, and
-    what does not, with all its reasons. forced: the choice came from the environment. limit: what no
-    kernel can beat, None if the machine's rates are unknown."""
+    """Why `chosen` runs `problem`, and why nothing else does.
 
-    problem: Problem
+    config: what the chosen kernel leaves open. first, last: the sizes that this choice is for; last
+    None for no end. origin: "model", "near", "table", or the rule that forced it.
+    eligible: what would fit, with seconds at its best config, best first. refused: what does not, with
+    all its reasons. limit: what no kernel can beat, None if the machine's rates are unknown.
+    """
+
+    problem: AnyProblem
     chosen: str
+    config: tuple[tuple[str, int], ...]
+    first: int
+    last: int | None
+    origin: str
+    forced: bool
     eligible: tuple[tuple[str, float], ...]
     refused: Mapping[str, tuple[Reason, ...]]
-    forced: bool = False
     limit: Limit | None = None
 
+    @property
+    def candidate(self) -> Candidate:
+        """The chosen kernel and config."""
+        return Candidate(self.chosen, self.config)
+
     def as_dict(self) -> dict[str, Any]:
-        """JSON form: problem, activation, chosen, forced, eligible, refused, limit. All seconds are
-        estimates; `share` is the limit's over the chosen kernel's."""
+        """JSON form: problem, activation, chosen, config, sizes, origin, forced, eligible, refused,
+        limit. All seconds are estimates unless origin is "table"; `share` is the limit's over the
+        chosen kernel's."""
         return {
             "problem": str(self.problem),
-            "activation": self.problem.activation,
+            "activation": getattr(self.problem, "activation", None),
             "chosen": self.chosen,
+            "config": dict(self.config),
+            "sizes": [self.first, self.last],
+            "origin": self.origin,
             "forced": self.forced,
             "eligible": [{"kernel": name, "seconds": seconds} for name, seconds in self.eligible],
             "refused": {
@@ -118,9 +140,10 @@ class Explanation:
         """One line for each kernel and the limit, under a line for the problem."""
         lines = [str(self.problem)]
         for name, seconds in self.eligible:
-            mark = "CHOSEN" if name == self.chosen else "ok    "
-            forced = f" (forced by {_FORCE})" if self.forced and name == self.chosen else ""
-            lines.append(f" {mark} {name} {seconds * 1e6:.1f} us estimated{forced}")
+            if name == self.chosen:
+                lines.append(f" CHOSEN {self.candidate} {seconds * 1e6:.1f} us {self._how()}")
+            else:
+                lines.append(f" ok     {name} {seconds * 1e6:.1f} us estimated")
         lines += _refusal_lines(self.refused)
         if self.limit:
             lines.append(
@@ -130,6 +153,15 @@ class Explanation:
         else:
             lines.append(" limit  unknown: no rates are known of this machine")
         return "\n".join(lines)
+
+    def _how(self) -> str:
+        """`estimated, for M = 33 to 48`, `measured, ...`, `estimated (forced by FEWBIT_KERNEL)`."""
+        if self.forced:
+            return f"estimated (forced by {self.origin})"
+        known = {_MODEL: "estimated", _NEAR: "estimated from a near shape", _TABLE: "measured"}
+        letter = "T" if self.problem.op == "attend" else "M"
+        sizes = f"{self.first} and more" if self.last is None else f"{self.first} to {self.last}"
+        return f"{known[self.origin]}, for {letter} = {sizes}"
 
 
 def _refusal_lines(refused: Mapping[str, tuple[Reason, ...]]) -> list[str]:
@@ -141,68 +173,211 @@ def _refusal_lines(refused: Mapping[str, tuple[Reason, ...]]) -> list[str]:
 
 
 def explain(
-    problem: Problem, *, forced: str | None = None, prepared: frozenset[str] = frozenset()
+    problem: AnyProblem,
+    *,
+    policy: Policy = Policy(),
+    tables: Tables = NO_TABLES,
+    prepared: frozenset[str] = frozenset(),
 ) -> Explanation:
-    """Ask every kernel about `problem` and choose.
+    """Ask every kernel of the problem's op, and choose.
 
-    forced: name of the only kernel allowed. prepared: kernels whose layout of this weight already
-    exists, which therefore need no further memory.
-    NoKernelError if `forced` is unknown or refuses.
+    prepared: kernels whose layout of this weight already exists, which need no further memory.
+    NoKernelError if a rule names a kernel that does not exist or refuses, or if nothing is left.
     """
-    known = kernels()
-    eligible: list[Kernel] = []
-    refused: dict[str, tuple[Reason, ...]] = {}
-    for kernel in known.values():
-        reasons = kernel.refuse(problem)
-        if kernel.name in prepared:
-            reasons = tuple(reason for reason in reasons if reason.code != "MEMORY")
-        if reasons:
-            refused[kernel.name] = reasons
-        else:
-            eligible.append(kernel)
-    if problem.device == "cpu":
+    known = {kernel.name: kernel for kernel in kernels().values() if kernel.op == problem.op}
+    _check_names(policy)
+    refused = {name: found for name, k in known.items() if (found := _reasons(k, problem, prepared))}
+    rules = {name: rule for name in known if (rule := policy.left_out(problem, name))}
+    for name, rule in rules.items():
+        refused[name] = (*refused.get(name, ()), _left_out(rule))
+    times = {k: t for k, t in _times(known, problem, tables).items() if k.kernel not in refused}
+    eligible = _ranked(times, known)
+    if problem.device == "cpu" and problem.op == "linear":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
-    order = _ranked([(kernel, kernel.seconds(problem)) for kernel in eligible])
-    chosen = order[0][0]  # `reference` never refuses
-    if forced is not None:
-        chosen = _forced_choice(forced, problem, [name for name, _ in order], refused)
-    limit = limit_of(problem, dict(order)[chosen])
-    return Explanation(problem, chosen, order, refused, forced is not None, limit)
-
-
-def _ranked(timed: list[tuple[Kernel, float]]) -> tuple[tuple[str, float], ...]:
-    """(name, seconds), best first: of those within `_TIE` of the fastest left, the higher priority
-    comes next, then the name."""
-    left, order = list(timed), []
-    while left:
-        bound = _TIE * min(seconds for _, seconds in left)
-        tied = [entry for entry in left if entry[1] <= bound]
-        best = min(tied, key=lambda entry: (-entry[0].priority, entry[0].name))
-        order.append((best[0].name, best[1]))
-        left.remove(best)
-    return tuple(order)
-
-
-def _forced_choice(
-    name: str, problem: Problem, eligible: list[str], refused: Mapping[str, tuple[Reason, ...]]
-) -> str:
-    if name in eligible:
-        return name
-    if name in refused:
-        reasons = "\n".join(_refusal_lines({name: refused[name]}))
-        raise NoKernelError(
-            f"{_FORCE}={name} cannot run {problem}:\n{reasons}\n"
-            f"unset {_FORCE}, or use one of: {', '.join(eligible)}"
-        )
-    raise NoKernelError(
-        f"{_FORCE}={name!r} names no kernel{nearest_name(name, (*eligible, *refused))}; "
-        f"known: {', '.join(sorted(kernels()))}"
+    rule = policy.forced(problem)
+    if rule is not None:
+        chosen, rung, origin = _forced(rule, problem, times, refused), None, rule.origin
+    elif not times:
+        reasons = "\n".join(_refusal_lines(refused))
+        raise NoKernelError(f"no kernel is left for {problem}:\n{reasons}")
+    else:
+        rung, origin = _planned(known, problem, tables, policy, frozenset(refused))
+        chosen = rung.candidate
+    seconds = dict(eligible)[chosen.kernel]
+    return Explanation(
+        problem=problem,
+        chosen=chosen.kernel,
+        config=chosen.config,
+        first=rung.first if rung else problem.size,
+        last=_end(rung, problem),
+        origin=origin,
+        forced=rule is not None,
+        eligible=eligible,
+        refused=refused,
+        limit=limit_of(problem, seconds),
     )
 
 
-def forced_kernel() -> str | None:
-    """The kernel named by the environment, or None; the one place that reads it."""
-    return os.environ.get(_FORCE) or None
+def _end(rung: Rung | None, problem: AnyProblem) -> int | None:
+    last = rung.last if rung else problem.size
+    return None if last == problem.buckets[-1] else last
+
+
+def _reasons(kernel: Kernel, problem: AnyProblem, prepared: frozenset[str]) -> tuple[Reason, ...]:
+    reasons = tuple(kernel.refuse(problem))
+    if kernel.name in prepared:
+        return tuple(reason for reason in reasons if reason.code != "MEMORY")
+    return reasons
+
+
+def _left_out(rule: Rule) -> Reason:
+    return Reason("DISABLED", f"left out by {rule.origin}: !={rule.kernel}", "change that rule")
+
+
+def _check_names(policy: Policy) -> None:
+    """NoKernelError for a rule whose name or pattern matches no kernel at all."""
+    if not policy.layers:
+        return
+    names = sorted({*kernels(), *cpu.DENIED_OPS})
+    for rules in policy.layers:
+        for rule in rules:
+            plain = not set("*?") & set(rule.kernel)
+            if plain and rule.kernel not in names:
+                raise NoKernelError(
+                    f"{rule.origin}: {rule.kernel!r} names no kernel"
+                    f"{nearest_name(rule.kernel, names)}; known: {', '.join(sorted(kernels()))}"
+                )
+
+
+def _forced(
+    rule: Rule,
+    problem: AnyProblem,
+    times: Mapping[Candidate, float],
+    refused: Mapping[str, tuple[Reason, ...]],
+) -> Candidate:
+    """The best config of the kernel that the rule names; NoKernelError with every reason if it
+    refuses."""
+    own = {candidate: t for candidate, t in times.items() if candidate.kernel == rule.kernel}
+    if own:
+        return min(own, key=lambda candidate: (own[candidate], candidate))
+    others = ", ".join(sorted({candidate.kernel for candidate in times})) or "none"
+    if rule.kernel not in refused:
+        raise NoKernelError(
+            f"{rule.origin}: {rule.kernel} cannot run {problem}: it is for another op; use one of: "
+            f"{others}"
+        )
+    reasons = "\n".join(_refusal_lines({rule.kernel: refused[rule.kernel]}))
+    raise NoKernelError(
+        f"{rule.origin}: {rule.kernel} cannot run {problem}:\n{reasons}\n"
+        f"change {rule.origin}, or use one of: {others}"
+    )
+
+
+# ---- times and plans ------------------------------------------------------------------------
+
+
+def _times(
+    known: Mapping[str, Kernel], problem: AnyProblem, tables: Tables
+) -> dict[Candidate, float]:
+    """Estimated seconds of every candidate that the problem's size does not refuse; corrected by
+    what tables say of near shapes."""
+    near = tables.near(problem, known)
+    found: dict[Candidate, float] = {}
+    for kernel in known.values():
+        if any(reason.code != "MEMORY" for reason in kernel.refuse(problem)):
+            continue
+        factor = near.get(kernel.name, 1.0)
+        if kernel.configs is None:
+            found[Candidate(kernel.name)] = factor * kernel.seconds(problem)
+            continue
+        for config in kernel.configs(problem):
+            seconds = factor * kernel.seconds(problem, config)
+            if seconds < math.inf and not tables.quarantined(problem, kernel, config):
+                found[Candidate(kernel.name, config)] = seconds
+    return found
+
+
+def _planned(
+    known: Mapping[str, Kernel],
+    problem: AnyProblem,
+    tables: Tables,
+    policy: Policy,
+    refused: frozenset[str],
+) -> tuple[Rung, str]:
+    """The rung that holds the problem's size, and where its times come from."""
+    row = None if policy.layers or policy.one_for_all_sizes else tables.row(problem, known)
+    if row is not None:
+        entry = row.entry(problem.size)
+        if entry.kernel not in refused:
+            return row.rung(problem.size), _TABLE if entry.measured else _MODEL
+    # What is refused at this size for its size alone is asked again at the others.
+    blocked = frozenset(
+        name
+        for name in refused & set(known)
+        if any(reason.code == "MEMORY" for reason in known[name].refuse(problem))
+    )
+    smallest = problem.at(problem.buckets[0])
+    ladder = _ladder(tuple(known.values()), smallest, tables, policy, blocked)
+    near = tables.near(problem, known)
+    return rung_of(ladder, problem.size), _NEAR if near else _MODEL
+
+
+@lru_cache(maxsize=4096)
+def _ladder(
+    known: tuple[Kernel, ...],
+    smallest: AnyProblem,
+    tables: Tables,
+    policy: Policy,
+    blocked: frozenset[str],
+) -> tuple[Rung, ...]:
+    """The plan of a family, without the kernels that have no memory at the moment."""
+    named = {kernel.name: kernel for kernel in known}
+    times = {}
+    for size in smallest.buckets:
+        problem = smallest.at(size)
+        found = {
+            candidate: seconds
+            for candidate, seconds in _times(named, problem, tables).items()
+            if candidate.kernel not in blocked and not policy.left_out(problem, candidate.kernel)
+        }
+        if found:
+            times[size] = found
+    priority = {kernel.name: kernel.priority for kernel in known}
+    return build_ladder(times, priority, policy.one_for_all_sizes)
+
+
+def _ranked(
+    times: Mapping[Candidate, float], known: Mapping[str, Kernel]
+) -> tuple[tuple[str, float], ...]:
+    """(name, seconds at its best config), best first: of those within 3 % of the fastest left, the
+    higher priority comes next, then the name."""
+    left: dict[str, float] = {}
+    for candidate, seconds in times.items():
+        left[candidate.kernel] = min(seconds, left.get(candidate.kernel, math.inf))
+    order = []
+    while left:
+        bound = TIE * min(left.values())
+        tied = [name for name, seconds in left.items() if seconds <= bound]
+        best = min(tied, key=lambda name: (-known[name].priority, name))
+        order.append((best, left.pop(best)))
+    return tuple(order)
+
+
+# ---- this process ---------------------------------------------------------------------------
+
+
+def explain_here(problem: AnyProblem, prepared: frozenset[str] = frozenset()) -> Explanation:
+    """As `explain`, under the rules and tables of this process."""
+    tables = current_tables() if problem.described is None else NO_TABLES
+    return explain(problem, policy=current_policy(), tables=tables, prepared=prepared)
+
+
+def choice(problem: AnyProblem, prepared: frozenset[str] = frozenset()) -> Candidate:
+    """The kernel (by name) and config that run `problem` in this process; a fallback warns once."""
+    found = explain_here(problem, prepared)
+    if found.chosen == "reference" and not found.forced and problem.device != "meta":
+        _warn_fallback(getattr(problem, "format", problem.op), problem.device)
+    return found.candidate
 
 
 @cache
@@ -214,135 +389,3 @@ def _warn_fallback(weight_format: str, device: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-Launch = Callable[[torch.Tensor, Any], torch.Tensor]
-Plan = tuple[Launch, Any]
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
-
-
-class Layouts:
-    """What kernels derived from one weight. An integer kernel's layout has no share in the dtype of
-    x, so that it is one for all."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype | None], Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def ready(self, dtype: torch.dtype) -> frozenset[str]:
-        """Names of the kernels whose layout for `dtype` exists."""
-        return frozenset(name for name, held in self._held if held in (None, dtype))
-
-    def of(
-        self, kernel: Kernel, weight: Callable[[], PackedTensor], dtype: torch.dtype, device: str
-    ) -> Any:
-        """The layout of `kernel` for x of `dtype`; derived from weight() at first."""
-        key = (kernel.name, None if kernel.activation is not None else dtype)
-        if key not in self._held:
-            with torch.no_grad(), _without_autocast(device):
-                self._held[key] = kernel.prepare(weight(), dtype)
-        return self._held[key]
-
-
-def integer_launch(kernel: Kernel, device: str) -> Launch:
-    """The kernel's launch, without autocast."""
-    if not torch.amp.is_autocast_available(device):
-        return kernel.launch
-
-    def launch(x: torch.Tensor, layout: Any) -> torch.Tensor:
-        if not torch.is_autocast_enabled(device):
-            return kernel.launch(x, layout)
-        with torch.autocast(device, enabled=False):
-            return kernel.launch(x, layout)
-
-    return launch
-
-
-class InputTransform(Protocol):
-    """What happens to x before it is rounded, such as a rotation that is folded into the weight."""
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] of any floating dtype -> the same shape and dtype, differentiable."""
-        ...
-
-
-class Runner:
-    """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text.
-
-    activation: name of the format that x is rounded to. inputs: transforms of x before that.
-    """
-
-    def __init__(
-        self,
-        packed: PackedTensor,
-        activation: str | None = None,
-        inputs: Sequence[InputTransform] = (),
-    ) -> None:
-        if len(packed.shape) != 2:
-            raise NoKernelError(
-                f"a product needs a weight [N, K], got {list(packed.shape)}; "
-                f"take one expert of a stack first"
-            )
-        self.packed = packed
-        self.n, self.k = packed.shape
-        self.activation = activation
-        self.inputs = tuple(inputs)
-        self._layouts = Layouts()
-        self._plans: dict[tuple[int, torch.dtype, torch.device], Plan] = {}
-
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> y [..., N] in the dtype of x; differentiable in x (by `reference`)."""
-        for transform in self.inputs:
-            x = transform.apply(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            return reference.linear(x, self.packed, self.activation)
-        rows = x.reshape(-1, self.k)
-        m = rows.shape[0]
-        if m == 0:
-            return x.new_empty(*x.shape[:-1], self.n)
-        bucket = M_BUCKETS[min(bisect_left(M_BUCKETS, m), len(M_BUCKETS) - 1)]
-        key = (bucket, x.dtype, x.device)
-        plan = self._plans.get(key)
-        if plan is None:
-            choose = self._plan
-            if torch.compiler.is_compiling():
-                choose = torch.compiler.disable(choose)  # not part of any graph
-            plan = self._plans[key] = choose(m, x)
-        launch, layout = plan
-        return launch(rows, layout).view(*x.shape[:-1], self.n)
-
-    def explain(self, m: int, dtype: torch.dtype, device: str) -> Explanation:
-        """What would run for m rows, and why; the environment's choice included."""
-        problem = problem_of(self.packed, m, dtype, device, self.activation)
-        return explain(problem, forced=forced_kernel(), prepared=self._layouts.ready(dtype))
-
-    def _plan(self, m: int, x: torch.Tensor) -> Plan:
-        choice = self.explain(m, x.dtype, x.device.type)
-        kernel = kernels()[choice.chosen]
-        if kernel.name == "reference" and not choice.forced and x.device.type != "meta":
-            _warn_fallback(choice.problem.format, x.device.type)
-        device = x.device.type
-        layout = self._layouts.of(kernel, lambda: self.packed, x.dtype, device)
-        return _launch(kernel, self.activation, device), layout
-
-
-def _launch(kernel: Kernel, activation: str | None, device: str) -> Launch:
-    """The kernel's launch, after rounding x where the kernel does not do it."""
-    if kernel.activation is not None:
-        return integer_launch(kernel, device)
-    if activation is None:
-        return kernel.launch
-    if kernel.name == "reference":
-        return partial(reference.linear, activation=activation)
-    rounding = find_activation(activation)
-
-    def rounded(x: torch.Tensor, layout: Any) -> torch.Tensor:
-        return kernel.launch(rounding.round(x).decode(x.dtype), layout)
-
-    return rounded

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from .dispatch import explain, forced_kernel, m_bucket
+from .dispatch import explain, m_bucket
 from .errors import NoKernelError
 from .formats.int_group import IntGroupOptions
 from .kernel import Problem
+from .policy import current_policy
 
 # Optional package -> the extra that installs it.
 _EXTRAS = {"triton": "triton", "cupy-cuda12x": "cuda", "ray": "ray", "datasets": ""}
@@ -217,7 +218,8 @@ def _kernels(device: str) -> dict[str, Any]:
     refused: kernel -> reasons for the samples that it does not take; one that takes a sample is in
     `usable` too. error: why a forced kernel cannot be used.
     """
-    forced = forced_kernel()
+    policy = current_policy()
+    rule = policy.forced(_problem(_SAMPLE_BITS[0], _SAMPLE_ROWS[0], device))
     chosen: dict[str, str] = {}
     usable: dict[str, list[str]] = {}
     refused: dict[str, dict[str, list[str]]] = {}
@@ -226,7 +228,7 @@ def _kernels(device: str) -> dict[str, Any]:
         for rows in _SAMPLE_ROWS:
             label = f"w{bits} m={rows}"
             try:
-                answer = explain(_problem(bits, rows, device), forced=forced)
+                answer = explain(_problem(bits, rows, device), policy=policy)
             except NoKernelError as problem:
                 error = str(problem).splitlines()[0]
                 answer = explain(_problem(bits, rows, device))
@@ -239,7 +241,7 @@ def _kernels(device: str) -> dict[str, Any]:
                     refused.setdefault(name, {}).setdefault(text, []).append(label)
     return {
         "device": device,
-        "forced": forced,
+        "forced": rule.kernel if rule else None,
         "chosen": chosen,
         "usable": usable,
         "refused": refused,

@@ -32,6 +32,14 @@ class NoKernelError(FewbitError):
     """No kernel can run a problem, or the forced one refuses it."""
 
 
+class TableError(FewbitError):
+    """A tuned table is damaged, foreign, or of a newer version, or a setting of it is wrong."""
+
+
+class TuningError(FewbitError):
+    """This machine, or its device, does not allow to measure anything."""
+
+
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

@@ -41,20 +41,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dispatch import (
-    Layouts,
-    Plan,
-    explain,
-    forced_kernel,
-    integer_launch,
-    kernels,
-    m_bucket,
-    problem_of,
-)
+from .dispatch import choice, kernels, m_bucket, problem_of
 from .errors import FormatError
 from .format import find_format
 from .linear import QuantLinear
 from .packed import PackedTensor, Term
+from .policy import context_rules
+from .runner import Layouts, Plan, bound_launch, integer_launch
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _PATIENCE = 32  # outputs in vain before a group may end itself
@@ -180,7 +173,7 @@ class Group:
         m = rows.shape[0]
         if m == 0:
             return None
-        key = (m_bucket(m), rows.dtype, rows.device)
+        key = (m_bucket(m), rows.dtype, rows.device, context_rules())
         if key not in self._plans:
             self._plans[key] = self._choose(members, rows)
         return self._plans[key]
@@ -195,14 +188,15 @@ class Group:
         )
         ready = self._layouts.ready(rows.dtype)
         problem = replace(alone, n=sum(self._widths))
-        kernel = kernels()[explain(problem, forced=forced_kernel(), prepared=ready).chosen]
+        chosen = choice(problem, ready)
+        kernel = kernels()[chosen.kernel]
         if kernel.activation is None:
             return None
         device = rows.device.type
         layout = self._layouts.of(
             kernel, lambda: join_rows([layer.packed for layer in members]), rows.dtype, device
         )
-        return integer_launch(kernel, device), layout
+        return integer_launch(bound_launch(kernel, chosen.config), device), layout
 
 
 def fuse(layers: Sequence[QuantLinear]) -> Group:

@@ -21,6 +21,7 @@ can be made and tested for a GPU that is not there. A described CPU is judged by
 on this machine kernels may also try an operator or ask for free memory.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -75,6 +76,16 @@ class Device:
         return self.title if self.cc is None else f"{self.title} sm_{self.cc[0]}{self.cc[1]}"
 
 
+# Rows of x are rounded up to one of these; above the last, to the last.
+M_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+T_BUCKETS = tuple(64 << i for i in range(15))  # tokens, 64 to 1,048,576
+
+
+def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
+    """Smallest bucket that holds `size`, or the largest bucket."""
+    return buckets[min(bisect_left(buckets, size), len(buckets) - 1)]
+
+
 class Placed:
     """What every problem says of where it runs.
 
@@ -117,6 +128,7 @@ class Problem(Placed):
     """
 
     op: ClassVar[str] = "linear"
+    buckets: ClassVar[tuple[int, ...]] = M_BUCKETS
     format: str
     options: Any
     n_terms: int
@@ -161,6 +173,7 @@ class AttentionProblem(Placed):
     """
 
     op: ClassVar[str] = "attend"
+    buckets: ClassVar[tuple[int, ...]] = T_BUCKETS
     key: str
     key_options: Any
     value: str
@@ -210,6 +223,7 @@ class RowsProblem(Placed):
     m_bucket: smallest bucket that holds M. dtype, device, machine: see `Placed`.
     """
 
+    buckets: ClassVar[tuple[int, ...]] = M_BUCKETS
     op: str
     options: Any
     m_bucket: int

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .activation import find_activation
-from .dispatch import Explanation, explain, forced_kernel, m_bucket
+from .dispatch import Explanation, explain_here, m_bucket
 from .errors import RecipeError
 from .format import find_format, parse_options
 from .kernel import Device, Problem
@@ -128,7 +128,7 @@ def kernel_report(
     if shape is not None:
         layer = parse_layer(weights, activation)
         problem = problem_for(layer, parse_shape(shape), DTYPES[dtype], machine)
-        found = explain(problem, forced=forced_kernel())
+        found = explain_here(problem)
         return {**found.as_dict(), "machine": device_facts(machine)}, found.text()
     one = weights is not None or activation is not None
     layers = [parse_layer(weights, activation)] if one else recipe_layers()
@@ -142,8 +142,7 @@ def kernel_report(
 
 def _row(layer: Layer, dtype: torch.dtype, machine: Device) -> list[Explanation]:
     shapes = [(m, TABLE_SIZE, TABLE_SIZE) for m in TABLE_ROWS]
-    forced = forced_kernel()
-    return [explain(problem_for(layer, s, dtype, machine), forced=forced) for s in shapes]
+    return [explain_here(problem_for(layer, s, dtype, machine)) for s in shapes]
 
 
 def _table_text(table: Mapping[Layer, Sequence[Explanation]], machine: Device, dtype: str) -> str:

@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from . import reference
-from .dispatch import InputTransform, Runner
+from .runner import InputTransform, Runner
 from .errors import FormatError
 from .packed import PackedTensor
 from .packed_module import PackedModule, Terms

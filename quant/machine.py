@@ -13,6 +13,10 @@ Maths of the limit, of a product [M, K] times [K, N]:
 where peak is that of the activation format's numbers if the machine has a unit for them, else that
 of the dtype of x. Every term is an estimate from published rates; no kernel is faster.
 
+and of attention, which reads every stored key and value once for each row:
+
+    bytes = B·Hkv·T·(stored key + value)    ops = 4·B·Hkv·G·Q·T·D, of the dtype of the queries
+
 Deliberately not here: caches, occupancy, and what a particular kernel loses.
 
 Finding a present GPU is not yet run on a GPU.
@@ -31,7 +35,8 @@ import torch
 
 from .errors import RecipeError, nearest_name
 from .format import formats
-from .kernel import Device, Peaks, Problem
+from .kernel import AnyProblem, AttentionProblem, Device, Peaks, Problem
+from .page_format import find_page_format
 
 _ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 _CPU_FLAGS = {
@@ -249,13 +254,15 @@ class Limit:
     share: float
 
 
-def limit_of(problem: Problem, seconds: float) -> Limit | None:
+def limit_of(problem: AnyProblem, seconds: float) -> Limit | None:
     """The limit of `problem`, beside a kernel that takes `seconds` after its launch; None if the
-    machine's rates are not known. Of several terms the first one's bytes are counted, the rest can
-    only add."""
-    machine, stored = problem.machine, formats().get(problem.format)
-    if machine is None or stored is None:
+    machine's rates are not known, or of row-wise functions. Of several terms the first one's bytes
+    are counted, the rest can only add."""
+    machine = problem.machine
+    counted = _count(problem)
+    if machine is None or counted is None:
         return None
+    moved, ops = counted
     peak, bandwidth = (
         _peak(machine.peak_ops_per_second, problem),
         machine.bandwidth_bytes_per_second,
@@ -263,19 +270,46 @@ def limit_of(problem: Problem, seconds: float) -> Limit | None:
     if peak is None or bandwidth is None:
         return None
     launch = machine.launch_seconds or 0.0
-    n, k, m = problem.n, problem.k, problem.m_bucket
-    weight = sum(spec.n_bytes for spec in stored.part_specs((n, k), problem.options).values())
-    moved = weight + m * (k + n) * problem.dtype.itemsize
     times: Mapping[str, float] = {
         "memory": moved / bandwidth,
-        "compute": 2 * m * n * k / peak,
+        "compute": ops / peak,
         "launch": launch,
     }
     bound = max(times, key=lambda name: times[name])
     return Limit(bound, times[bound], times[bound] / (seconds + launch))
 
 
-def _peak(peaks: Peaks, problem: Problem) -> float | None:
+def _count(problem: AnyProblem) -> tuple[float, float] | None:
+    """(bytes that must move, operations); None where they are not known."""
+    if isinstance(problem, Problem):
+        stored = formats().get(problem.format)
+        if stored is None:
+            return None
+        n, k, m = problem.n, problem.k, problem.m_bucket
+        weight = sum(spec.n_bytes for spec in stored.part_specs((n, k), problem.options).values())
+        return weight + m * (k + n) * problem.dtype.itemsize, 2 * m * n * k
+    if isinstance(problem, AttentionProblem):
+        vectors = problem.n_rows * problem.kv_heads * problem.t_bucket
+        queries = problem.group * problem.n_queries
+        channels = problem.head_dim + problem.value_dim
+        return vectors * stored_vector_bytes(problem), 2 * vectors * queries * channels
+    return None
+
+
+def stored_vector_bytes(problem: AttentionProblem) -> int:
+    """Bytes of one stored key and one stored value; RecipeError for a page format that is unknown."""
+    sides = (
+        (problem.key, problem.key_options, problem.head_dim),
+        (problem.value, problem.value_options, problem.value_dim),
+    )
+    return sum(
+        spec.n_bytes
+        for name, options, size in sides
+        for spec in find_page_format(name).part_specs(size, problem.dtype, options).values()
+    )
+
+
+def _peak(peaks: Peaks, problem: AnyProblem) -> float | None:
     """Operations a second of the activation's numbers (`int8_token`: int8), else of x's dtype."""
     kinds: dict[torch.dtype, float | None] = {
         torch.float32: peaks.fp32,
@@ -287,7 +321,7 @@ def _peak(peaks: Peaks, problem: Problem) -> float | None:
         "fp8": peaks.fp8,
         "fp4": peaks.fp4,
     }
-    numbers = (problem.activation or "").partition("_")[0]
+    numbers = (getattr(problem, "activation", None) or "").partition("_")[0]
     return rounded.get(numbers) or kinds.get(problem.dtype)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from . import reference
 from .activation import find_activation
-from .dispatch import InputTransform, Runner
+from .runner import InputTransform, Runner
 from .errors import FormatError
 from .format import PartSpec, find_format
 from .packed import PackedTensor, Term

@@ -15,16 +15,16 @@ from typing import Any
 def discover(package: str, attribute: str, group: str) -> dict[str, Any]:
     """{object.name: object} for `attribute` of each module in `package`, then of `group`.
 
-    A module without the attribute is skipped; two objects of one name are an error, because
-    which one wins would depend on the order of files.
+    A tuple of objects counts as each of them. A module without the attribute is skipped; two objects
+    of one name are an error, because which one wins would depend on the order of files.
     """
     root = importlib.import_module(package)
     found: dict[str, Any] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(root.__path__)):
         if module.startswith("_"):
             continue
-        item = getattr(importlib.import_module(f"{package}.{module}"), attribute, None)
-        if item is not None:
+        items = getattr(importlib.import_module(f"{package}.{module}"), attribute, ())
+        for item in items if isinstance(items, tuple) else (items,):
             _add(found, item, f"{package}.{module}")
     for entry in sorted(entry_points(group=group), key=lambda point: point.name):
         _add(found, entry.load(), f"entry point {entry.name}")

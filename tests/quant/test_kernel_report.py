@@ -119,7 +119,7 @@ def test_a_forced_kernel_that_cannot_run(
     assert main(["kernels", "--shape", "1x64x64", "--gpu", "cpu"]) == 0
     assert "CHOSEN dense_cached" in capsys.readouterr().out
     assert main(["kernels", "--shape", "1x64x64", "--gpu", "b200"]) == 1
-    assert "NoKernelError: FEWBIT_KERNEL=dense_cached cannot run" in capsys.readouterr().err
+    assert "NoKernelError: FEWBIT_KERNEL: dense_cached cannot run" in capsys.readouterr().err
 
 
 def test_layers_by_flags() -> None:

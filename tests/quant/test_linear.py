@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fewbit.quant import dispatch, reference
+from fewbit.quant import reference, runner
 from fewbit.quant.errors import FormatError
 from fewbit.quant.formats.int_group import FORMAT, IntGroupOptions
 from fewbit.quant.hadamard import Hadamard
@@ -381,13 +381,13 @@ def stack(transposed: bool = False, dtype: torch.dtype = torch.float32) -> Fused
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every product that goes through the dispatcher."""
     seen: list[int] = []
-    whole = dispatch.Runner.linear
+    whole = runner.Runner.linear
 
-    def linear(self: dispatch.Runner, x: torch.Tensor) -> torch.Tensor:
+    def linear(self: runner.Runner, x: torch.Tensor) -> torch.Tensor:
         seen.append(x.shape[0])
         return whole(self, x)
 
-    monkeypatch.setattr(dispatch.Runner, "linear", linear)
+    monkeypatch.setattr(runner.Runner, "linear", linear)
     return seen
 
 

@@ -59,3 +59,9 @@ def test_a_name_taken_twice_is_an_error(package: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(registry, "entry_points", points(x=SimpleNamespace(name="first")))
     with pytest.raises(RuntimeError, match="entry point x defines 'first' again"):
         discover(package, "THING", "their.group")
+
+
+def test_a_tuple_counts_as_each_of_its_objects(package: str, tmp_path: Path) -> None:
+    pair = "from types import SimpleNamespace as N\nTHING = (N(name='third'), N(name='fourth'))\n"
+    (tmp_path / package / "c.py").write_text(pair)
+    assert list(discover(package, "THING", "")) == ["first", "second", "third", "fourth"]
