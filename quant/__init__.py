@@ -8,7 +8,7 @@ The import itself costs milliseconds: neither torch nor transformers is imported
 used. It also makes transformers, imported before or after, load checkpoints of quant_method
 "fewbit".
 
-`load`, `inspect` and `evaluate` are functions that live in submodules of the same names. Importing
+`load`, `inspect`, `evaluate` and `kernel_summary` are functions that live in submodules of the same names. Importing
 a submodule sets it as an attribute of its package, which would replace the function; `_Package`
 does not let that happen. The modules are reached by `from fewbit.quant.load import ...`.
 """
@@ -23,9 +23,11 @@ from .import_hook import install
 if TYPE_CHECKING:
     from .evaluate import evaluate as evaluate
     from .inspect import inspect as inspect
+    from .kernel_summary import kernel_summary as kernel_summary
     from .load import load as load
     from .load import load_tokenizer as load_tokenizer
     from .pipeline import quantize as quantize
+    from .policy import use_kernels as use_kernels
     from .recipe import Recipe as Recipe
 
     __version__: str
@@ -35,12 +37,17 @@ _PUBLIC = {
     "Recipe": "recipe",
     "evaluate": "evaluate",
     "inspect": "inspect",
+    "kernel_summary": "kernel_summary",
     "load": "load",
     "load_tokenizer": "load",
     "quantize": "pipeline",
+    "use_kernels": "policy",
 }
 
-__all__ = ["Recipe", "__version__", "evaluate", "inspect", "load", "load_tokenizer", "quantize"]
+__all__ = [
+    "Recipe", "__version__", "evaluate", "inspect", "kernel_summary", "load", "load_tokenizer",
+    "quantize", "use_kernels",
+]  # fmt: skip
 
 
 class _Package(ModuleType):

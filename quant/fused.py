@@ -92,6 +92,11 @@ class Group:
         self._local = threading.local()
         self._offered = self._taken = 0
 
+    @property
+    def n_outputs(self) -> int:
+        """N of the joined weight."""
+        return sum(self._widths)
+
     def product(self, layer: QuantLinear, x: torch.Tensor) -> torch.Tensor | None:
         """x · Ŵᵀ of one member, [..., N] in the dtype of x; None if it has to multiply alone."""
         layers = [ref() for ref in self._layers]
@@ -187,7 +192,7 @@ class Group:
             first.packed, rows.shape[0], rows.dtype, rows.device.type, first.activation
         )
         ready = self._layouts.ready(rows.dtype)
-        problem = replace(alone, n=sum(self._widths))
+        problem = replace(alone, n=self.n_outputs)
         chosen = choice(problem, ready)
         kernel = kernels()[chosen.kernel]
         if kernel.activation is None:

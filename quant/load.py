@@ -16,6 +16,7 @@ import torch
 from .device import resolve_device
 from .errors import CheckpointError
 from .hub import fetch
+from .kernel_summary import log_summary
 from .stored import open_stored
 from .verify import verify as verify_stored
 
@@ -59,7 +60,9 @@ def load(
                 f"{path_or_id}: the transformers library cannot build this model: "
                 f"{_first_line(error)}; a newer transformers may know it"
             ) from error
-    return model if target.type == "cpu" else model.to(target)
+    model = model if target.type == "cpu" else model.to(target)
+    log_summary(model)
+    return model
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:
