@@ -190,7 +190,8 @@ def explain(
     rules = {name: rule for name in known if (rule := policy.left_out(problem, name))}
     for name, rule in rules.items():
         refused[name] = (*refused.get(name, ()), _left_out(rule))
-    times = {k: t for k, t in _times(known, problem, tables).items() if k.kernel not in refused}
+    open_times = _times(tuple(known.values()), problem, tables)
+    times = {candidate: t for candidate, t in open_times.items() if candidate.kernel not in refused}
     eligible = _ranked(times, known)
     if problem.device == "cpu" and problem.op == "linear":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
@@ -276,14 +277,15 @@ def _forced(
 # ---- times and plans ------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def _times(
-    known: Mapping[str, Kernel], problem: AnyProblem, tables: Tables
-) -> dict[Candidate, float]:
-    """Estimated seconds of every candidate that the problem's size does not refuse; corrected by
+    known: tuple[Kernel, ...], problem: AnyProblem, tables: Tables
+) -> Mapping[Candidate, float]:
+    """Estimated seconds of every candidate that the problem does not refuse for good; corrected by
     what tables say of near shapes."""
-    near = tables.near(problem, known)
+    near = tables.near(problem, {kernel.name: kernel for kernel in known})
     found: dict[Candidate, float] = {}
-    for kernel in known.values():
+    for kernel in known:
         if any(reason.code != "MEMORY" for reason in kernel.refuse(problem)):
             continue
         factor = near.get(kernel.name, 1.0)
@@ -331,13 +333,12 @@ def _ladder(
     blocked: frozenset[str],
 ) -> tuple[Rung, ...]:
     """The plan of a family, without the kernels that have no memory at the moment."""
-    named = {kernel.name: kernel for kernel in known}
     times = {}
     for size in smallest.buckets:
         problem = smallest.at(size)
         found = {
             candidate: seconds
-            for candidate, seconds in _times(named, problem, tables).items()
+            for candidate, seconds in _times(known, problem, tables).items()
             if candidate.kernel not in blocked and not policy.left_out(problem, candidate.kernel)
         }
         if found:

@@ -16,9 +16,15 @@ tensor. Code that wants the whole stack at once (grouped products) gets it decod
 and costs its full size: choose the eager expert loop instead. There inputs are not rounded. Where
 they would have to be transformed, the decoded weight is refused instead of multiplied by x as it is.
 
+Compilers (`torch.compile`) see a `QuantLinear` as one operator, `fewbit::quant_linear`, of which they
+know the shape of the result. What runs is chosen when it runs, so that the number of rows may vary, and
+a changed weight is noticed. Where x needs a gradient they see the decoded product instead.
+
 Weights are not trained here; gradients reach the inputs only.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -51,6 +57,7 @@ class QuantLinear(PackedModule):
     kind = ("a linear layer holds a weight [N, K]", 2)
     bias: nn.Parameter | None
     shared: SharedProduct | None = None
+    number: int  # by which the operator finds the layer
 
     def __init__(
         self,
@@ -68,6 +75,11 @@ class QuantLinear(PackedModule):
         empty = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
         value = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self.register_parameter("bias", value)
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_NUMBERS)
+        _LAYERS[self.number] = self
 
     @classmethod
     def from_packed(
@@ -94,14 +106,48 @@ class QuantLinear(PackedModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> y [..., N] in the dtype of x."""
-        y = None if self.shared is None else self.shared.product(self, x)
-        if y is None:
-            y = self.runners()[0].linear(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+            y = torch.ops.fewbit.quant_linear(x, self.number, self.out_features)
+        else:
+            shared = None if self.shared is None else self.shared.product(self, x)
+            y = self.runners()[0].linear(x) if shared is None else shared
+        bias = self._parameters["bias"]  # a fifth of the time that `self.bias` takes
+        return y if bias is None else y + bias.to(y.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the shared product: a copy multiplies alone until it is fused again."""
         return {**super().__getstate__(), "shared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a layer of its own to the operator."""
+        super().__setstate__(state)
+        self._take_number()
+
+
+# ---- what compilers see ---------------------------------------------------------------------
+
+_NUMBERS = itertools.count()
+_LAYERS: "weakref.WeakValueDictionary[int, QuantLinear]" = weakref.WeakValueDictionary()
+_LIBRARY = torch.library.Library("fewbit", "FRAGMENT")
+_LIBRARY.define("quant_linear(Tensor x, int layer, int n) -> Tensor")
+
+
+def _quant_linear(x: torch.Tensor, layer: int, n: int) -> torch.Tensor:
+    """y [..., N]. Alone, not shared: compilers write to memory behind the back of version counters."""
+    found = _LAYERS.get(layer)
+    if found is None:
+        raise FormatError(
+            f"layer {layer} of a compiled graph is gone; compile the model that holds it again"
+        )
+    return found.runners()[0].linear(x)
+
+
+_LIBRARY.impl("quant_linear", _quant_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fewbit::quant_linear", lib=_LIBRARY)
+def _quant_linear_like(x: torch.Tensor, layer: int, n: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], n)
 
 
 class PackedWeight:
