@@ -8,9 +8,9 @@ The import itself costs milliseconds: neither torch nor transformers is imported
 used. It also makes transformers, imported before or after, load checkpoints of quant_method
 "fewbit".
 
-`load`, `inspect`, `evaluate` and `kernel_summary` are functions that live in submodules of the same names. Importing
-a submodule sets it as an attribute of its package, which would replace the function; `_Package`
-does not let that happen. The modules are reached by `from fewbit.quant.load import ...`.
+`load`, `inspect`, `evaluate` and `kernel_summary` are functions that live in submodules of the same
+names. Importing a submodule sets it as an attribute of its package, which would replace the function;
+`_Package` does not let that happen. The modules are reached by `from fewbit.quant.load import ...`.
 """
 
 import sys

@@ -120,13 +120,15 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_kernels(commands: Any) -> None:
     parser = commands.add_parser("kernels", help="which kernel runs what, and why not the others")
-    parser.add_argument("--op", choices=["linear"], default="linear")
+    parser.add_argument(
+        "--op", metavar="OP", default="linear", help="linear, attend, hadamard, ..."
+    )
     parser.add_argument(
         "--format", metavar="F", dest="weights",
         help="of weights, with its options: int_group:bits=8,group=row",
     )  # fmt: skip
     parser.add_argument("--activation", metavar="A", help="format of inputs, e.g. int8_token; none")
-    parser.add_argument("--shape", metavar="MxNxK", help="explain one product, not the table")
+    parser.add_argument("--shape", metavar="MxNxK", help="explain one problem, not the table")
     parser.add_argument("--gpu", metavar="NAME", help="a described machine (h200, cpu, FILE.json)")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of x"
@@ -241,6 +243,7 @@ def _kernels(options: argparse.Namespace) -> int:
     from .kernel_report import kernel_report
 
     value, text = kernel_report(
+        op=options.op,
         weights=options.weights,
         activation=options.activation,
         shape=options.shape,

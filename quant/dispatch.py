@@ -13,8 +13,8 @@ problem of a described machine can be decided on any other. Rules (`policy.py`) 
 that a rule forces but that refuses is an error with every reason, and so is a name that does not exist.
 `reference` takes what nothing else takes, with one warning.
 
-`explain` is the pure function. `explain_here` and `choice` take rules and tables from where this process
-finds them. What a weight remembers of its choices is in `runner.py`.
+`explain` is the pure function. `explain_here` and `choice` take rules and tables from where this
+process finds them. What a weight remembers of its choices is in `runner.py`.
 """
 
 import math
@@ -32,7 +32,7 @@ from .kernel import M_BUCKETS, AnyProblem, Kernel, Problem, Reason, bucket_of
 from .ladder import TIE, Candidate, Rung, build_ladder, rung_of
 from .machine import Limit, limit_of, this_device
 from .packed import PackedTensor
-from .policy import Policy, Rule, current_policy
+from .policy import NO_RULES, Policy, Rule, current_policy
 from .registry import discover
 from .tuned import NO_TABLES, Tables, current_tables
 
@@ -175,7 +175,7 @@ def _refusal_lines(refused: Mapping[str, tuple[Reason, ...]]) -> list[str]:
 def explain(
     problem: AnyProblem,
     *,
-    policy: Policy = Policy(),
+    policy: Policy = NO_RULES,
     tables: Tables = NO_TABLES,
     prepared: frozenset[str] = frozenset(),
 ) -> Explanation:

@@ -1,8 +1,14 @@
 """`fewbit kernels`: which kernel runs what, on this machine or on a described one, and why.
 
-One shape gives one explanation: the chosen kernel, what else would fit, every reason of what does
-not, and the limit. Without a shape there is a table: the weight formats of the packaged recipes by
-rows of x. No kernel is run and no weight is made; times are estimates.
+One shape gives one explanation: the chosen kernel and its config, what else would fit, every reason of
+what does not, and the limit. Without a shape there is a table: the weight formats of the packaged
+recipes by rows of x. No kernel is run and no weight is made; times are estimates unless a tuned table has them.
+
+A shape is written differently for each op:
+
+    linear          MxNxK               rows of x, outputs, inputs
+    attend          BxQxHxGxDxT         rows, new tokens, KV heads, queries of each, channels, tokens
+    all others      MxK                 rows and columns of x
 """
 
 import re
@@ -14,10 +20,12 @@ import torch
 
 from .activation import find_activation
 from .dispatch import Explanation, explain_here, m_bucket
-from .errors import RecipeError
+from .errors import RecipeError, nearest_name
 from .format import find_format, parse_options
-from .kernel import Device, Problem
+from .hadamard import Hadamard, largest_order
+from .kernel import AnyProblem, AttentionProblem, Device, Problem, RowsProblem, bucket_of
 from .machine import device_facts, load_device, this_device
+from .page_format import find_page_format
 from .recipe import WeightRule, load_recipe, recipe_names
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -25,6 +33,13 @@ TABLE_ROWS = (1, 16, 128, 2048)  # one sequence, a few, a short prompt, a long o
 TABLE_SIZE = 4096
 DEFAULT_RECIPE = "w4a8kv4"
 _NO_ACTIVATION = "none"
+_PAGES = "int4_head"
+_SHAPES = {
+    "linear": (("M", "N", "K"), "16x4096x4096"),
+    "attend": (("B", "Q", "H", "G", "D", "T"), "16x1x8x4x128x32768"),
+}
+_ROWS_SHAPE = (("M", "K"), "16x4096")
+OPS = (*_SHAPES, "quantize_rows", "rmsnorm_quantize", "silu_mul_quantize", "hadamard")
 
 
 @dataclass(frozen=True)
@@ -83,20 +98,21 @@ def _value(raw: str) -> int | bool | str:
     return {"true": True, "false": False}.get(raw, raw)
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """(M, N, K) of "16x4096x4096": rows of x, outputs, inputs."""
-    found = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text.lower())
-    m, n, k = (int(part) for part in found.groups()) if found else (0, 0, 0)
-    if min(m, n, k) < 1:
+def parse_shape(text: str, op: str = "linear") -> tuple[int, ...]:
+    """The numbers of "16x4096x4096", as many as the op's shape has; see the module's text."""
+    letters, example = _SHAPES.get(op, _ROWS_SHAPE)
+    parts = text.lower().split("x")
+    whole = all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts)
+    if not whole or len(parts) != len(letters) or min(map(int, parts)) < 1:
         raise RecipeError(
-            f"--shape must be MxNxK, three whole numbers from 1 to 999999999 such as "
-            f"16x4096x4096, got {text!r}"
+            f"--shape must be {'x'.join(letters)}, whole numbers from 1 to 999999999 such as "
+            f"{example}, got {text!r}"
         )
-    return m, n, k
+    return tuple(map(int, parts))
 
 
 def problem_for(
-    layer: Layer, shape: tuple[int, int, int], dtype: torch.dtype, machine: Device
+    layer: Layer, shape: tuple[int, ...], dtype: torch.dtype, machine: Device
 ) -> Problem:
     """The problem of a layer [N, K] and M rows on a machine, `shape` = (M, N, K)."""
     m, n, k = shape
@@ -114,8 +130,41 @@ def problem_for(
     )
 
 
+def attention_for(
+    pages: str, shape: tuple[int, ...], dtype: torch.dtype, machine: Device
+) -> AttentionProblem:
+    """Attention over keys and values that are both stored as `pages`; shape = (B, Q, Hkv, G, D, T)."""
+    n_rows, n_queries, kv_heads, group, head_dim, tokens = shape
+    form = find_page_format(pages)
+    return AttentionProblem(
+        key=form.name,
+        key_options=form.Options(),
+        value=form.name,
+        value_options=form.Options(),
+        n_rows=n_rows,
+        n_queries=n_queries,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        t_bucket=bucket_of(tokens, AttentionProblem.buckets),
+        dtype=dtype,
+        device=machine.backend,
+        machine=machine,
+    )
+
+
+def rows_for(op: str, shape: tuple[int, ...], dtype: torch.dtype, machine: Device) -> RowsProblem:
+    """A row-wise function of x [M, K] = shape; a Hadamard transform is of the largest order that
+    divides K."""
+    m, k = shape
+    options = Hadamard(largest_order(k)) if op == "hadamard" else None
+    return RowsProblem(op, options, m_bucket(m), k, dtype, machine.backend, machine)
+
+
 def kernel_report(
     *,
+    op: str = "linear",
     weights: str | None = None,
     activation: str | None = None,
     shape: str | None = None,
@@ -124,11 +173,15 @@ def kernel_report(
 ) -> tuple[dict[str, Any], str]:
     """(JSON value, text): the explanation of one `shape`, or the table. RecipeError for a format,
     an activation, a shape or a machine that does not exist; NoKernelError for a forced kernel."""
+    if op not in OPS:
+        raise RecipeError(f"unknown op {op!r}{nearest_name(op, OPS)}; known: {', '.join(OPS)}")
     machine = this_device() if gpu is None else load_device(gpu)
+    if shape is None and op != "linear":
+        raise RecipeError(f"--op {op} explains one problem: give --shape")
     if shape is not None:
-        layer = parse_layer(weights, activation)
-        problem = problem_for(layer, parse_shape(shape), DTYPES[dtype], machine)
-        found = explain_here(problem)
+        found = explain_here(
+            _posed(op, weights, activation, parse_shape(shape, op), DTYPES[dtype], machine)
+        )
         return {**found.as_dict(), "machine": device_facts(machine)}, found.text()
     one = weights is not None or activation is not None
     layers = [parse_layer(weights, activation)] if one else recipe_layers()
@@ -138,6 +191,25 @@ def kernel_report(
         "table": [found.as_dict() for row in table.values() for found in row],
     }
     return value, _table_text(table, machine, dtype)
+
+
+def _posed(
+    op: str,
+    weights: str | None,
+    activation: str | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    machine: Device,
+) -> AnyProblem:
+    if op == "linear":
+        return problem_for(parse_layer(weights, activation), shape, dtype, machine)
+    if activation is not None:
+        raise RecipeError(f"--activation is for --op linear, got {activation!r} with --op {op}")
+    if op == "attend":
+        return attention_for(weights or _PAGES, shape, dtype, machine)
+    if weights is not None:
+        raise RecipeError(f"--format is for weights and pages, got {weights!r} with --op {op}")
+    return rows_for(op, shape, dtype, machine)
 
 
 def _row(layer: Layer, dtype: torch.dtype, machine: Device) -> list[Explanation]:

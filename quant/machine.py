@@ -49,6 +49,13 @@ _SAME_MEMORY = 0.1
 _WHOLE = ("sms", "smem_block_bytes", "smem_sm_bytes", "registers", "l2_bytes", "memory_bytes")
 _RATES = ("bandwidth_bytes_per_second", "launch_seconds")
 _NEVER_NULL = ("sms", "memory_bytes")
+# Of row-wise functions, for each column: values of x's dtype that move, and bytes beside them.
+_ROW_TRAFFIC = {
+    "quantize_rows": (1, 1),
+    "rmsnorm_quantize": (1, 1),
+    "silu_mul_quantize": (2, 1),
+    "hadamard": (2, 0),
+}
 _KEYS = tuple(field.name for field in fields(Device) if field.name not in ("name", "present"))
 
 
@@ -256,7 +263,7 @@ class Limit:
 
 def limit_of(problem: AnyProblem, seconds: float) -> Limit | None:
     """The limit of `problem`, beside a kernel that takes `seconds` after its launch; None if the
-    machine's rates are not known, or of row-wise functions. Of several terms the first one's bytes
+    machine's rates are not known, or what the op moves. Of several terms the first one's bytes
     are counted, the rest can only add."""
     machine = problem.machine
     counted = _count(problem)
@@ -293,6 +300,9 @@ def _count(problem: AnyProblem) -> tuple[float, float] | None:
         queries = problem.group * problem.n_queries
         channels = problem.head_dim + problem.value_dim
         return vectors * stored_vector_bytes(problem), 2 * vectors * queries * channels
+    if problem.op in _ROW_TRAFFIC:
+        values, single_bytes = _ROW_TRAFFIC[problem.op]
+        return problem.m_bucket * problem.k * (values * problem.dtype.itemsize + single_bytes), 0
     return None
 
 

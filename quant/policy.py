@@ -2,13 +2,13 @@
 
     rules    = rule { ";" rule }
     rule     = [selector "="] kernel        problems that match run this kernel, or it is an error
-             | [selector] "!=" pattern      kernels whose names match are left out; * and ? as in a shell
+             | [selector] "!=" pattern      kernels whose names match are left out; * and ? as usual
     selector = op [":" weights] ["@" size]  op: linear, attend, ...  weights: a format, or w4a16
     size     = "m" ("<=" | ">=" | "=") number       rows of x; for attention: tokens
 
     linear:w4a16@m<=64=triton_int_group_gemv; !=triton_*
 
-Rules come in layers, and the first layer that has a matching one decides, within a layer its first rule:
+Rules come in layers. The first layer that has a matching one decides, within a layer its first rule:
 
     1  the argument of a call
     2  `with use_kernels(rules):`
@@ -142,6 +142,8 @@ class Policy:
         """This policy under a stronger layer."""
         return self if not rules else Policy((rules, *self.layers), self.one_for_all_sizes)
 
+
+NO_RULES = Policy()
 
 _CONTEXT: ContextVar[Rules] = ContextVar("fewbit_kernels", default=())
 

@@ -1,8 +1,8 @@
 """Running the chosen kernels: what a weight remembers of its layouts and plans.
 
 A `Runner` belongs to one weight. The first time that a bucket of M is met, the dispatcher is asked (the
-environment is read, kernels answer) and a layout is derived; a later call costs a dictionary lookup. One
-layout serves all buckets of a kernel, and of an integer kernel all dtypes. Inside `use_kernels` other
+environment is read, kernels answer) and a layout is derived; a later call costs a dictionary lookup.
+One layout serves all buckets of a kernel, and of an integer kernel all dtypes. Inside `use_kernels` other
 plans hold, which are remembered beside the usual ones.
 
 Inputs rounded to an activation format: a kernel with an `activation` rounds x itself; any other kernel

@@ -327,7 +327,7 @@ def test_rules_force_and_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen("!=*")
     with pytest.raises(NoKernelError, match="fast: DISABLED left out by test"):
         chosen("fast; !=fast")
-    with pytest.raises(NoKernelError, match="test: 'fats' names no kernel .did you mean 'fast'"):
+    with pytest.raises(NoKernelError, match=r"test: 'fats' names no kernel .did you mean 'fast'"):
         chosen("linear:w8a8=fats")
 
 

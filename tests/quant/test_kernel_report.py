@@ -88,6 +88,15 @@ def test_table_of_one_format(capsys: pytest.CaptureFixture[str]) -> None:
         (["--format", "int_group:bits"], "'bits' must be KEY=VALUE"),
         (["--activation", "int8_tokens"], "did you mean 'int8_token'"),
         (["--gpu", "h20"], "did you mean 'h200'"),
+        (["--op", "atend"], "did you mean 'attend'"),
+        (["--op", "attend"], "give --shape"),
+        (["--op", "attend", "--shape", "1x2x3"], "--shape must be BxQxHxGxDxT"),
+        (
+            ["--op", "attend", "--shape", "1x1x1x1x1x1", "--activation", "none"],
+            "is for --op linear",
+        ),
+        (["--op", "hadamard", "--shape", "1x64x64"], "--shape must be MxK"),
+        (["--op", "hadamard", "--shape", "1x64", "--format", "int_group"], "is for weights and"),
         (["--gpu", "none.json"], "cannot be read"),
     ],
 )
@@ -105,7 +114,7 @@ def test_bad_requests_are_one_line(
     assert message in printed.err and "RecipeError" in printed.err
 
 
-@pytest.mark.parametrize("flags", [["--op", "attention"], ["--dtype", "int8"]])
+@pytest.mark.parametrize("flags", [["--dtype", "int8"], ["--rows", "3"]])
 def test_wrong_usage(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["kernels", *flags])

@@ -1,5 +1,7 @@
 """Plans: the fewest ranges, never a loss above 3 %, the same from any order of candidates."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +56,7 @@ def test_any_times_give_a_plan_without_loss_or_doubt(
     assert starts[0] == 1 and starts[1:] == [rung.last + 1 for rung in ladder[:-1]]
     # no shorter plan: where a range ends, nothing near the best goes on through the next size
     sizes = list(times)
-    for rung, following in zip(ladder, ladder[1:], strict=False):
+    for rung, following in pairwise(ladder):
         inside = [s for s in sizes if rung.first <= s <= rung.last]
         beyond = next(s for s in sizes if s >= following.first)
         near = [

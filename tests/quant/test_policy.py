@@ -71,7 +71,7 @@ def test_what_a_rule_is_about(text: str, matches: tuple[bool, ...]) -> None:
     "text", ["linear:", "linear@m<64=x", "linear@=x", "a b=c d=e", "=x", "m<=64=x=y", "x;!="]
 )
 def test_what_is_no_rule_is_named(text: str) -> None:
-    with pytest.raises(RecipeError, match="FEWBIT_KERNEL: .* is not a rule; a rule is KERNEL"):
+    with pytest.raises(RecipeError, match=r"FEWBIT_KERNEL: .* is not a rule; a rule is KERNEL"):
         parse_rules(text, "FEWBIT_KERNEL")
 
 
