@@ -2,7 +2,8 @@
 
 One shape gives one explanation: the chosen kernel and its config, what else would fit, every reason of
 what does not, and the limit. Without a shape there is a table: the weight formats of the packaged
-recipes by rows of x. No kernel is run and no weight is made; times are estimates unless a tuned table has them.
+recipes by rows of x. No kernel is run and no weight is made; times are estimates unless a tuned table
+has them.
 
 A shape is written differently for each op:
 

@@ -5,9 +5,9 @@
          M = 65 ...     triton_expand                         estimated, 64 % of the limit at M = 96
 
 Layers that share a product (`fused.py`) count as the one they are. A plan that falls back to
-`reference`, or that stays below half of what the machine's memory and arithmetic allow, gets a warning line; the
-share is known only where the machine's rates are. `quant.load` logs this at level INFO to the logger
-"fewbit", and warning lines at level WARNING. Nothing is run, and no layout is made.
+`reference`, or that stays below half of what the machine's memory and arithmetic allow, gets a warning
+line; the share is known only where the machine's rates are. `quant.load` logs this at level INFO to the
+logger "fewbit", and warning lines at level WARNING. Nothing is run, and no layout is made.
 """
 
 import logging

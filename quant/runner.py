@@ -2,8 +2,8 @@
 
 A `Runner` belongs to one weight. The first time that a bucket of M is met, the dispatcher is asked (the
 environment is read, kernels answer) and a layout is derived; a later call costs a dictionary lookup.
-One layout serves all buckets of a kernel, and of an integer kernel all dtypes. Inside `use_kernels` other
-plans hold, which are remembered beside the usual ones.
+One layout serves all buckets of a kernel, and of an integer kernel all dtypes. Inside `use_kernels`
+other plans hold, which are remembered beside the usual ones.
 
 Inputs rounded to an activation format: a kernel with an `activation` rounds x itself; any other kernel
 gets x̂, so that every choice computes the same function. Transforms of the input come before that.
