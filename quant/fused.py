@@ -198,9 +198,11 @@ class Group:
         if kernel.activation is None:
             return None
         device = rows.device.type
-        layout = self._layouts.of(
-            kernel, lambda: join_rows([layer.packed for layer in members]), rows.dtype, device
-        )
+
+        def joined() -> PackedTensor:
+            return join_rows([layer.packed for layer in members]).to(rows.device)
+
+        layout = self._layouts.of(kernel, joined, rows.dtype, device)
         return integer_launch(bound_launch(kernel, chosen.config), device), layout
 
 

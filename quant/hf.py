@@ -56,7 +56,7 @@ from .kv_policy import parse_kv
 from .linear import PackedModule
 from .placement import Placement, place, set_tied
 from .stored import METHOD, StoredCheckpoint, describe
-from .verify import check_packed, header_checksums, packed_of, packed_to, verify
+from .verify import check_packed, header_checksums, packed_of, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,7 +238,8 @@ def _renamed(key: str, conversions: Sequence[Any]) -> str:
 def _fill_holders(
     model: "PreTrainedModel", plan: Placement, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give each holder its parts, on the device where the library put the empty ones."""
+    """Give each holder its parts, for the device where the library put the empty ones. For a GPU they
+    stay in the mapped file: kernels make their own layouts there, and nothing is held twice."""
     for name, stored in plan.modules.items():
         packed = packed_of(stored, tensors)
         check_packed(name, packed)
@@ -249,7 +250,9 @@ def _fill_holders(
                 f"{name} got no device while loading; give a device map without disk offloading, "
                 f"or use fewbit.quant.load"
             )
-        module.fill(packed_to(packed, module.device))
+        device = module.device
+        module.fill(packed if device.type == "cuda" else packed.to(device))
+        module.place(device)
 
 
 def _keep_names(model: "PreTrainedModel", plan: Placement) -> None:

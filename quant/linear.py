@@ -34,10 +34,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from . import reference
-from .runner import InputTransform, Runner
 from .errors import FormatError
 from .packed import PackedTensor
 from .packed_module import PackedModule, Terms
+from .runner import InputTransform, Runner
 
 
 class SharedProduct(Protocol):
@@ -178,8 +178,8 @@ class PackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Device of the stored parts."""
-        return next(self._runners[0].packed.named_parts())[1].device
+        """Where products run."""
+        return self._runners[0].device
 
     @property
     def T(self) -> "PackedWeight":
@@ -196,7 +196,7 @@ class PackedWeight:
 
     def dense(self) -> torch.Tensor:
         """The decoded matrix in `dtype`, of `shape`."""
-        rows = [reference.dense(runner.packed, self.dtype) for runner in self._runners]
+        rows = [reference.dense(r.packed.to(r.device), self.dtype) for r in self._runners]
         weight = rows[0] if len(rows) == 1 else torch.cat(rows)
         return weight.t() if self._transposed else weight
 
@@ -385,7 +385,7 @@ class ExpertView(_Experts):
 
     @property
     def device(self) -> torch.device:
-        """Device of the stored parts."""
+        """Where products run."""
         return self.layers(0)[0].device
 
     @property

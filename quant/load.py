@@ -4,6 +4,9 @@ The library's own `from_pretrained` builds the model, through the adapter in `hf
 ways give the same model to the last bit. What is added here happens before: everything that can be
 wrong with the files is found by us and named, so that the library only ever sees sound ones.
 
+On a GPU, stored parts stay in the mapped files, in no memory of this process; what the chosen kernels
+derive from them is all that the GPU holds. (Not yet run on a GPU.)
+
 The dtype of the arithmetic is the configuration's unless `dtype` says otherwise; stored parts keep
 theirs.
 """
@@ -17,6 +20,7 @@ from .device import resolve_device
 from .errors import CheckpointError
 from .hub import fetch
 from .kernel_summary import log_summary
+from .packed_module import stored_parts_stay
 from .stored import open_stored
 from .verify import verify as verify_stored
 
@@ -60,7 +64,9 @@ def load(
                 f"{path_or_id}: the transformers library cannot build this model: "
                 f"{_first_line(error)}; a newer transformers may know it"
             ) from error
-    model = model if target.type == "cpu" else model.to(target)
+    if target.type != "cpu":
+        with stored_parts_stay():
+            model = model.to(target)
     log_summary(model)
     return model
 

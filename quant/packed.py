@@ -44,6 +44,16 @@ class PackedTensor:
             for part, tensor in term.parts.items():
                 yield prefix + part, tensor
 
+    def to(self, device: torch.device) -> "PackedTensor":
+        """The same weight with its parts on `device`; itself if they are there."""
+        if all(tensor.device == device for _, tensor in self.named_parts()):
+            return self
+        terms = tuple(
+            Term(term.format, term.options, {part: t.to(device) for part, t in term.parts.items()})
+            for term in self.terms
+        )
+        return PackedTensor(self.shape, terms, self.transposed)
+
     @property
     def n_weights(self) -> int:
         """Number of weights represented."""

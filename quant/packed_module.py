@@ -3,13 +3,16 @@
 The stored parts are persistent buffers under their checkpoint names (`codes`, `scale_group`,
 `term1.codes`, ...), so `state_dict` is the checkpoint. They keep their stored dtype whatever
 `.to(dtype)` says. Kernel layouts are derived at first use, are no part of the state, and are
-dropped when a buffer is replaced, moved or written to. Writing through `.data` or numpy, or to a
+dropped when a buffer is replaced, moved or written to. Products may run on another device than the parts
+are on (`place`, `stored_parts_stay`): then only layouts are there. Writing through `.data` or numpy, or to a
 buffer made in inference mode, leaves no trace in the tensor and is not noticed.
 
 What stands in a model graph is in `linear.py`. Weights are not trained here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +20,26 @@ from torch import nn
 
 from . import reference
 from .activation import find_activation
-from .runner import InputTransform, Runner
 from .errors import FormatError
 from .format import PartSpec, find_format
 from .packed import PackedTensor, Term
+from .runner import InputTransform, Runner
 
 Terms = Sequence[tuple[str, Any]]  # (format name, its options) of each summand
+
+
+_STAY: ContextVar[bool] = ContextVar("fewbit_parts_stay", default=False)
+
+
+@contextmanager
+def stored_parts_stay() -> Iterator[None]:
+    """Modules that are moved inside leave their stored parts where they are, and multiply on the new
+    device by layouts that are derived there."""
+    token = _STAY.set(True)
+    try:
+        yield
+    finally:
+        _STAY.reset(token)
 
 
 class StoredParts(nn.Module):
@@ -76,6 +93,7 @@ class PackedModule(StoredParts):
         self.inputs = tuple(inputs)
         self._runners: list[Runner] = []
         self._stamp: list[int] = []
+        self._placed: torch.device | None = None  # where products run if the parts are elsewhere
         self._part_names: list[tuple[str, ...]] = []
         for index, (name, options) in enumerate(self.terms):
             holder = self if index == 0 else StoredParts()
@@ -95,8 +113,14 @@ class PackedModule(StoredParts):
 
     @property
     def device(self) -> torch.device:
-        """Device of the stored parts."""
-        return next(self._parts())[2].device
+        """Where products run: the device of the stored parts, unless `place` named another."""
+        return self._placed or next(self._parts())[2].device
+
+    def place(self, device: torch.device) -> None:
+        """Multiply on `device`, wherever the stored parts are."""
+        here = next(self._parts())[2].device
+        self._placed = None if device == here else device
+        self._runners = []
 
     @property
     def packed(self) -> PackedTensor:
@@ -122,7 +146,7 @@ class PackedModule(StoredParts):
     def dense(self) -> torch.Tensor:
         """The decoded weight in `dtype`, as the model graph sees it (see `shape`). With `inputs` it
         is the matrix that transformed inputs are multiplied by, not the one that x is."""
-        weight = reference.dense(self.packed, self.dtype)
+        weight = reference.dense(self.packed.to(self.device), self.dtype)
         return weight.transpose(-1, -2) if self.transposed else weight
 
     def runners(self) -> list[Runner]:
@@ -130,7 +154,8 @@ class PackedModule(StoredParts):
         stamp = self.state_stamp()
         if stamp != self._stamp or not self._runners:
             self._runners = [
-                Runner(matrix, self.activation, self.inputs) for matrix in _matrices(self.packed)
+                Runner(matrix, self.activation, self.inputs, self.device)
+                for matrix in _matrices(self.packed)
             ]
             self._stamp = stamp
         return self._runners
@@ -151,18 +176,24 @@ class PackedModule(StoredParts):
         return stamp
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """`.to`, `.half`, `.cuda`: stored parts follow the device only."""
+        """`.to`, `.half`, `.cuda`: stored parts follow the device only, and not even that inside
+        `stored_parts_stay` or if they are elsewhere and the device stays the same."""
         stored = {id(tensor) for _, _, tensor in self._parts()}
+        sample = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        stay = _STAY.get() or (self._placed is not None and sample.device == self._placed)
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
+            if stay and id(tensor) in stored:
+                return tensor
             moved = fn(tensor)
             if id(tensor) in stored and moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
             return moved
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self._runners = []
-        return super()._apply(move, recurse)
+        self.dtype = sample.dtype
+        applied = super()._apply(move, recurse)
+        self.place(sample.device)
+        return applied
 
     def __getstate__(self) -> dict[str, Any]:
         """Without runners: layouts are derived again where the copy is used."""

@@ -42,24 +42,25 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 class Layouts:
-    """What kernels derived from one weight. An integer kernel's layout has no share in the dtype of
-    x, so that it is one for all."""
+    """What kernels derived from one weight. Kernels with the same `prepare` share a layout; that of an
+    integer kernel has no share in the dtype of x, so that it is one for all."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype | None], Any] = {}
+        self._held: dict[tuple[Callable[..., Any], torch.dtype | None], Any] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
     def ready(self, dtype: torch.dtype) -> frozenset[str]:
         """Names of the kernels whose layout for `dtype` exists."""
-        return frozenset(name for name, held in self._held if held in (None, dtype))
+        made = {prepare for prepare, held in self._held if held in (None, dtype)}
+        return frozenset(k.name for k in dispatch.kernels().values() if k.prepare in made)
 
     def of(
         self, kernel: Kernel, weight: Callable[[], PackedTensor], dtype: torch.dtype, device: str
     ) -> Any:
         """The layout of `kernel` for x of `dtype`; derived from weight() at first."""
-        key = (kernel.name, None if kernel.activation is not None else dtype)
+        key = (kernel.prepare, None if kernel.activation is not None else dtype)
         if key not in self._held:
             with torch.no_grad(), _without_autocast(device):
                 self._held[key] = kernel.prepare(weight(), dtype)
@@ -92,6 +93,7 @@ class Runner:
     """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text.
 
     activation: name of the format that x is rounded to. inputs: transforms of x before that.
+    device: where products run; None is where the parts of `packed` are. Layouts are made where x is.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Runner:
         packed: PackedTensor,
         activation: str | None = None,
         inputs: Sequence[InputTransform] = (),
+        device: torch.device | None = None,
     ) -> None:
         if len(packed.shape) != 2:
             raise NoKernelError(
@@ -109,6 +112,7 @@ class Runner:
         self.n, self.k = packed.shape
         self.activation = activation
         self.inputs = tuple(inputs)
+        self.device = device or next(packed.named_parts())[1].device
         self._layouts = Layouts()
         self._plans: dict[tuple[int, torch.dtype, torch.device, Rules], Plan] = {}
 
@@ -117,7 +121,7 @@ class Runner:
         for transform in self.inputs:
             x = transform.apply(x)
         if x.requires_grad and torch.is_grad_enabled():
-            return reference.linear(x, self.packed, self.activation)
+            return reference.linear(x, self.packed.to(x.device), self.activation)
         if x.shape[-1] != self.k:
             raise NoKernelError(f"x must be [..., {self.k}], got {list(x.shape)}")
         m = x.numel() // self.k
@@ -150,7 +154,7 @@ class Runner:
         problem = problem_of(self.packed, m, x.dtype, device, self.activation)
         chosen = dispatch.choice(problem, self._layouts.ready(x.dtype))
         kernel = dispatch.kernels()[chosen.kernel]
-        layout = self._layouts.of(kernel, lambda: self.packed, x.dtype, device)
+        layout = self._layouts.of(kernel, lambda: self.packed.to(x.device), x.dtype, device)
         return _launch(kernel, chosen, self.activation, device), layout
 
 

@@ -204,17 +204,6 @@ def packed_of(module: StoredModule, tensors: Mapping[str, torch.Tensor]) -> Pack
     return PackedTensor(module.shape, tuple(terms), module.spec.transposed)
 
 
-def packed_to(packed: PackedTensor, device: torch.device) -> PackedTensor:
-    """The same tensor with its parts on `device`; itself if they are there."""
-    if all(tensor.device == device for _, tensor in packed.named_parts()):
-        return packed
-    terms = tuple(
-        Term(term.format, term.options, {part: t.to(device) for part, t in term.parts.items()})
-        for term in packed.terms
-    )
-    return PackedTensor(packed.shape, terms, packed.transposed)
-
-
 def check_packed(name: str, packed: PackedTensor) -> None:
     """CheckpointError unless the stored values of every term are valid."""
     for term in packed.terms:

@@ -5,11 +5,14 @@ import io
 
 import pytest
 import torch
+from fake_kernels import pack
 
+from fewbit.quant import reference
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.hadamard import Hadamard
-from fewbit.quant.packed_module import PackedModule
+from fewbit.quant.linear import QuantLinear
+from fewbit.quant.packed_module import PackedModule, stored_parts_stay
 
 W4 = IntGroupOptions(4, 32)
 
@@ -65,3 +68,27 @@ def test_a_pickle_holds_the_parts_and_not_the_file_that_they_are_a_view_of() -> 
     twin = copy.deepcopy(holder)
     assert twin.codes.untyped_storage().nbytes() == holder.codes.numel()
     assert holder.codes.untyped_storage().nbytes() == whole.numel()
+
+
+def on_cpu(holder: PackedModule) -> bool:
+    return all(part.device.type == "cpu" for _, part in holder.packed.named_parts())
+
+
+def test_stored_parts_may_stay_where_they_are() -> None:
+    """The second device is "meta": shapes only, which shows where each product would run."""
+    layer = QuantLinear.from_packed(pack(torch.randn(8, 64), W4), torch.randn(8), torch.float32)
+    x = torch.randn(2, 64)
+    expected = layer(x)
+    state = {name: part.clone() for name, part in layer.named_buffers()}
+    with stored_parts_stay():
+        layer.to("meta")
+    assert layer.device.type == "meta" and on_cpu(layer)
+    assert layer(x.to("meta")).shape == expected.shape
+    assert layer(x.to("meta")).device.type == "meta" and layer.dense().device.type == "meta"
+    assert all(torch.equal(part, state[name]) for name, part in layer.named_buffers())
+    layer.to(torch.float16)  # the device stays: so do the parts
+    assert layer.dtype == torch.float16 and on_cpu(layer)
+    layer.place(torch.device("cpu"))
+    layer.bias = None
+    expected = layer.float()(x)
+    assert layer.device.type == "cpu" and torch.equal(reference.linear(x, layer.packed), expected)
