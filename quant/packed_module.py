@@ -3,9 +3,9 @@
 The stored parts are persistent buffers under their checkpoint names (`codes`, `scale_group`,
 `term1.codes`, ...), so `state_dict` is the checkpoint. They keep their stored dtype whatever
 `.to(dtype)` says. Kernel layouts are derived at first use, are no part of the state, and are
-dropped when a buffer is replaced, moved or written to. Products may run on another device than the parts
-are on (`place`, `stored_parts_stay`): then only layouts are there. Writing through `.data` or numpy, or to a
-buffer made in inference mode, leaves no trace in the tensor and is not noticed.
+dropped when a buffer is replaced, moved or written to. Products may run on another device than the
+parts are on (`place`, `stored_parts_stay`): then only layouts are there. Writing through `.data` or
+numpy, or to a buffer made in inference mode, leaves no trace in the tensor and is not noticed.
 
 What stands in a model graph is in `linear.py`. Weights are not trained here.
 """

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from fake_kernels import pack
 
+from fake_kernels import pack
 from fewbit.quant import reference
 from fewbit.quant.errors import RecipeError
 from fewbit.quant.formats.int_group import IntGroupOptions
