@@ -184,7 +184,8 @@ def _file_rules(given: str | None) -> Rules:
     if given:
         path = Path(given)
     else:
-        config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+        # Not Path.home(): it raises where a process has no home.
+        config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
         path = Path(config) / "fewbit" / "kernels.txt"
         if not path.is_file():
             return ()

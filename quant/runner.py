@@ -27,7 +27,6 @@ from .activation import find_activation
 from .dispatch import Explanation, problem_of
 from .errors import NoKernelError
 from .kernel import M_BUCKETS, Config, Kernel
-from .ladder import Candidate
 from .packed import PackedTensor
 from .policy import Rules, context_rules
 
@@ -155,7 +154,9 @@ class Runner:
         chosen = dispatch.choice(problem, self._layouts.ready(x.dtype))
         kernel = dispatch.kernels()[chosen.kernel]
         layout = self._layouts.of(kernel, lambda: self.packed.to(x.device), x.dtype, device)
-        return _launch(kernel, chosen, self.activation, device), layout
+        launch = launch_of(kernel, chosen.config, self.activation)
+        exact = kernel.activation is not None
+        return integer_launch(launch, device) if exact else launch, layout
 
 
 def bound_launch(kernel: Kernel, config: Config) -> Launch:
@@ -163,12 +164,10 @@ def bound_launch(kernel: Kernel, config: Config) -> Launch:
     return partial(kernel.launch, config=config) if config else kernel.launch
 
 
-def _launch(kernel: Kernel, chosen: Candidate, activation: str | None, device: str) -> Launch:
-    """The kernel's launch, after rounding x where the kernel does not do it."""
-    launch = bound_launch(kernel, chosen.config)
-    if kernel.activation is not None:
-        return integer_launch(launch, device)
-    if activation is None:
+def launch_of(kernel: Kernel, config: Config, activation: str | None) -> Launch:
+    """What a layer calls: rounds x first, unless the kernel does it."""
+    launch = bound_launch(kernel, config)
+    if activation is None or kernel.activation is not None:
         return launch
     if kernel.name == "reference":
         return partial(reference.linear, activation=activation)
