@@ -61,7 +61,8 @@ class Variant:
     function: decorated with `jit`. types: of each argument that is not a constexpr, in order, such
     as "*fp16" or "i32". constants: value of each constexpr. divisible: arguments that are known to
     be multiples of 16 (the launch must guarantee it: Triton looks at each value). warps, stages,
-    fp_fusion: as given to the launch (may a product and a sum round once?).
+    fp_fusion: as given to the launch (may a product and a sum round once?). max_registers: of a
+    thread, the launch's `maxnreg`; None leaves it to ptxas, which may spill a few to fit more blocks.
     """
 
     function: Any
@@ -71,6 +72,7 @@ class Variant:
     warps: int
     stages: int
     fp_fusion: bool = True
+    max_registers: int | None = None
 
 
 def compile_variant(variant: Variant, cc: tuple[int, int]) -> Compiled:
@@ -82,6 +84,7 @@ def compile_variant(variant: Variant, cc: tuple[int, int]) -> Compiled:
         ("num_warps", variant.warps),
         ("num_stages", variant.stages),
         ("enable_fp_fusion", variant.fp_fusion),
+        ("maxnreg", variant.max_registers),
     )
     return _compiled((variant.function, types, constants, variant.divisible, options), cc)
 

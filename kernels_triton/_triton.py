@@ -10,11 +10,13 @@ before capability 8.0. `interpreted` says whether kernels run in Triton's interp
 is decided by `TRITON_INTERPRET=1` when the kernels are imported; it is for tests.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from ..quant.kernel import AnyProblem, Reason
+from . import _interpreter
 
 AVAILABLE = find_spec("triton") is not None
 _OLDEST = (8, 0)
@@ -50,7 +52,14 @@ else:
 
 def interpreted() -> bool:
     """Do kernels run in Triton's interpreter?"""
-    return AVAILABLE and bool(triton.knobs.runtime.interpret)
+    if not AVAILABLE:
+        return False
+    knobs = getattr(triton, "knobs", None)  # since Triton 3.4; the variable alone before
+    return os.environ.get("TRITON_INTERPRET") == "1" if knobs is None else knobs.runtime.interpret
+
+
+if interpreted():
+    _interpreter.mend()
 
 
 def off_gpu(problem: AnyProblem) -> Iterator[Reason]:

@@ -15,12 +15,13 @@ calibration has not seen.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 
 from .errors import RecipeError, nearest_name
-from .format import IntegerForm, find_format
+from .format import IntegerForm, find_format, formats
 from .packed import PackedTensor
 from .registry import discover
 
@@ -80,3 +81,15 @@ def integer_form(packed: PackedTensor) -> IntegerForm | None:
         return None
     (term,) = packed.terms
     return find_format(term.format).integer_form(term.parts, packed.shape, term.options)
+
+
+@cache
+def has_integer_form(weight_format: str, options: Any, k: int) -> bool:
+    """Does the format answer an integer form for rows of K weights? Asked with a row of zeros; False
+    for a format that is not known."""
+    known = formats().get(weight_format)
+    if known is None:
+        return False
+    specs = known.part_specs((1, k), options)
+    parts = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    return known.integer_form(parts, (1, k), options) is not None

@@ -29,14 +29,13 @@ format; dense kernels cover both.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 
 from . import cpu
-from .activation import RoundedRows, integer_form
+from .activation import RoundedRows, has_integer_form, integer_form
 from .errors import NoKernelError
-from .format import IntegerForm, formats
+from .format import IntegerForm
 from .formats.int8_token import ACTIVATION
 from .kernel import Kernel, Problem, Reason
 from .packed import PackedTensor
@@ -166,17 +165,6 @@ def _trial(name: str) -> str | None:
     return None
 
 
-@cache
-def _has_integers(weight_format: str, options: Any, k: int) -> bool:
-    """Does the format answer an integer form for rows of K weights? Asked with a row of zeros."""
-    known = formats().get(weight_format)
-    if known is None:
-        return False
-    specs = known.part_specs((1, k), options)
-    parts = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-    return known.integer_form(parts, (1, k), options) is not None
-
-
 def _refuse(name: str, problem: Problem) -> tuple[Reason, ...]:
     return (*cpu.off_cpu(problem), *_no_integers(problem), *_not_here(name, problem))
 
@@ -191,7 +179,7 @@ def _no_integers(problem: Problem) -> Iterator[Reason]:
         )
     if problem.n_terms != 1:
         yield Reason("TERMS", f"holds one term, got {problem.n_terms}", "use dense_cached")
-    elif not _has_integers(problem.format, problem.options, problem.k):
+    elif not has_integer_form(problem.format, problem.options, problem.k):
         yield Reason(
             "INTEGERS",
             f"needs int8 codes under one scale for a row, which {problem.format} does not have "

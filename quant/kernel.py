@@ -306,8 +306,8 @@ class Kernel:
 
     refuse(problem) -> every violated condition, empty if it fits. Reasons of code MEMORY depend on
         the moment and do not hold against a kernel whose layout of this weight already exists.
-    prepare(packed, dtype) -> layout: derived once at load or first use, cached, never stored. Kernels that
-        have the same function here share one layout of a weight.
+    prepare(packed, dtype) -> layout: derived once at load or first use, cached, never stored. Kernels
+        that have the same function here share one layout of a weight.
     launch(x [M, K], layout) -> y [M, N], without bias. Of other ops: as `op` says.
     seconds(problem) -> estimate, used for ranking only.
     op: of the problems that it is for; it is not asked about others.
