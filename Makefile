@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/fewbit demo
@@ -20,6 +20,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Checks, peaks, timings and tuning of the GPU at hand, in ten minutes; writes bench/results/.
+bench-gpu: $(READY)
+	$(BIN)/python -m bench.gpu
 
 # torch comes first and pinned, so that nothing pulls in a build for GPUs that are not there.
 $(READY): pyproject.toml constraints.txt
