@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import cpu, cpu_int8, reference
+from . import cpu, cpu_int8, kv_softmax, kv_write, reference
 from .errors import NoKernelError, nearest_name
 from .kernel import M_BUCKETS, AnyProblem, Kernel, Problem, Reason, bucket_of
 from .ladder import TIE, Candidate, Rung, build_ladder, rung_of
@@ -49,9 +49,10 @@ _MODEL, _NEAR, _TABLE = "model", "near", "table"
 
 @cache
 def kernels() -> Mapping[str, Kernel]:
-    """Every kernel by name: torch's CPU operators, the reference, the kernel packages, and the
-    entry-point group `fewbit.kernels`."""
-    ours = (*cpu.KERNELS, *cpu_int8.KERNELS, reference.KERNEL)
+    """Every kernel by name: torch's CPU operators, plain torch for each op, the kernel packages, and
+    the entry-point group `fewbit.kernels`."""
+    torch_ops = (reference.KERNEL, reference.HADAMARD, kv_softmax.KERNEL, kv_write.KERNEL)
+    ours = (*cpu.KERNELS, *cpu_int8.KERNELS, *torch_ops)
     found: dict[str, Kernel] = {kernel.name: kernel for kernel in ours}
     for package, attribute, group in _SOURCES:
         for name, kernel in discover(package, attribute, group).items():
@@ -186,7 +187,9 @@ def explain(
     """
     known = {kernel.name: kernel for kernel in kernels().values() if kernel.op == problem.op}
     _check_names(policy)
-    refused = {name: found for name, k in known.items() if (found := _reasons(k, problem, prepared))}
+    refused = {
+        name: found for name, k in known.items() if (found := _reasons(k, problem, prepared))
+    }
     rules = {name: rule for name in known if (rule := policy.left_out(problem, name))}
     for name, rule in rules.items():
         refused[name] = (*refused.get(name, ()), _left_out(rule))

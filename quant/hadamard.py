@@ -162,6 +162,24 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     return _kronecker(factors)
 
 
+def two_factors(order: int, most: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(left, right), int8 and on the CPU, whose Kronecker product is H, both at most `most` × `most`;
+    None if no cut of H's own product is so. The smallest sum of their sizes as powers of two wins."""
+    factors = _factors(order) if supported(order) else None
+    if factors is None:
+        raise FormatError(_refusal(order))
+    cuts = [(prod(factors[:at]), prod(factors[at:]), at) for at in range(len(factors) + 1)]
+    sums = [(_power_above(a) + _power_above(b), at) for a, b, at in cuts if max(a, b) <= most]
+    if not sums:
+        return None
+    _, at = min(sums)
+    return _kronecker(factors[:at]), _kronecker(factors[at:])
+
+
+def _power_above(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
 def sign_bits(seed: int, count: int) -> torch.Tensor:
     """First `count` bits of SplitMix64 from `seed`, least significant first: int8 [count] of 0, 1."""
     stream = bytearray()

@@ -1,149 +1,35 @@
-"""Attention over stored keys and values, a bounded run of tokens at a time, and its registration.
+"""Attention over a cache's handles: which kernel runs a call, and the library's interface.
 
-A query at position p with limit c(p) reads key k as stored if k < c(p), and dense if k ≥ c(p):
+A call of few queries over packed pages on a GPU goes to the kernel that the dispatcher chooses for it
+(op "attend"); every other call is `kv_softmax.py`, which takes all. Both read each token in the form
+that `kv_view.py` says. A choice is made once for each shape and bucket of tokens.
 
-    c(p) = max(p − residual + 1, first token that is still at hand dense)
-
-so one call may read a token in both forms, for different queries. Runs of keys are decoded, scored
-and summed up with a running maximum (online softmax), all in fp32, with query heads of a group
-sharing the decoded run:
-
-    m' = max(m, max s)    l' = l·e^(m−m') + Σ e^(s−m')    o' = o·e^(m−m') + e^(s−m')·V
-
-and o / l at the end; a query that may see nothing gets 0. What is decoded at once does not grow
-with the length of the text. Logits may be soft-capped, and a learned sink logit per head may join
-the denominator. There is no dropout here, and no gradient: a backward that reaches what a cache gave
-out raises an error. An autocast region around a call does not change the arithmetic.
+There is no dropout here, and no gradient: a backward that reaches what a cache gave out raises an
+error. An autocast region around a call does not change the arithmetic.
 
 A bare forward without our cache reaches the same function with plain tensors; it then is the
 library's own "sdpa", except for soft caps and sink logits, which that one ignores or refuses.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from . import dispatch, kv_softmax
 from .errors import FewbitError
+from .kernel import T_BUCKETS, AttentionProblem, bucket_of
+from .kv_softmax import check_call
+from .kv_view import Handle, KVView, Paged, Scoring
+from .machine import this_device
+from .policy import context_rules
 
 NAME = "fewbit_kv"
-_RUN_ELEMENTS = 1 << 20  # decoded numbers of keys at once: 4 MB in fp32
-_PROMPT_RUN = 256  # keys at once for a long call
-_SCORES = 1 << 22  # scores at once: 16 MB
-
-Read = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class KVView:
-    """What one call may attend to; valid until the next update of its layer.
-
-    n_tokens: keys, the call's own included. n_queries: the newest n_queries of them ask.
-    stored: the first `stored` keys can be read back with `read(start, stop)`, keys and values fp32
-    [B, heads, stop − start, D]. band: keys and values [B, heads, n_tokens − band_start, D] as they
-    were computed. residual: tokens that a query reads dense; None if each key has one form only,
-    stored before band_start and dense from there on.
-    """
-
-    n_tokens: int
-    n_queries: int
-    stored: int
-    read: Read
-    band: tuple[torch.Tensor, torch.Tensor] | None
-    band_start: int
-    residual: int | None
-    shapes: tuple[torch.Size, torch.Size]
-    dtype: torch.dtype
-    device: torch.device
-
-    def limits(self) -> torch.Tensor | None:
-        """c(p) for each query, int64 [n_queries]; None if each key has one form."""
-        if self.residual is None:
-            return None
-        first = self.n_tokens - self.n_queries - self.residual + 1
-        positions = torch.arange(first, first + self.n_queries, device=self.device)
-        return positions.clamp_min(self.band_start)
-
-
-@dataclass(frozen=True)
-class Handle:
-    """Stands for the keys (side 0) or values (side 1) of a view in a model's attention layer."""
-
-    view: KVView
-    side: int
-
-    @property
-    def shape(self) -> torch.Size:
-        """[B, heads, n_tokens, D]."""
-        return self.view.shapes[self.side]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the model's arithmetic."""
-        return self.view.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the cache is."""
-        return self.view.device
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How logits are made. mask [B or 1, H or 1, Q, T] boolean or additive. sinks: [H]."""
-
-    scaling: float
-    mask: torch.Tensor | None
-    causal: bool
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Keys start … stop, decoded; `form` is "stored", "dense", or "only" if there is no other."""
-
-    start: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    form: str
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.keys.shape[2]
-
-
-class _Softmax:
-    """Running softmax of queries [B, Hkv, G, Q, D]."""
-
-    def __init__(self, queries: torch.Tensor, value_dim: int) -> None:
-        shape = queries.shape[:-1]
-        self.queries = queries
-        self.top = queries.new_full((*shape, 1), -math.inf)
-        self.total = queries.new_zeros((*shape, 1))
-        self.output = queries.new_zeros((*shape, value_dim))
-
-    def add(self, rows: slice, scores: torch.Tensor, values: torch.Tensor) -> None:
-        """Scores [B, Hkv, G, q, n] of queries `rows` for values [B, Hkv, n, Dv]."""
-        old = self.top[:, :, :, rows]
-        top = torch.maximum(old, scores.amax(dim=-1, keepdim=True))
-        base = top.masked_fill(top == -math.inf, 0.0)  # nothing seen so far: all weights are 0
-        weights = (scores - base).exp_()
-        fade = (old - base).exp_()
-        summed = (weights.flatten(2, 3) @ values).view(*weights.shape[:-1], values.shape[-1])
-        self.total[:, :, :, rows] = self.total[:, :, :, rows] * fade + weights.sum(-1, True)
-        self.output[:, :, :, rows] = self.output[:, :, :, rows] * fade + summed
-        self.top[:, :, :, rows] = top
-
-    def finish(self, sinks: torch.Tensor | None) -> torch.Tensor:
-        """Output [B, Hkv, G, Q, Dv]; sinks: logits [Hkv, G, 1, 1] that take weight, give nothing."""
-        if sinks is None:
-            return self.output / self.total.masked_fill(self.total == 0, 1.0)
-        top = torch.maximum(self.top, sinks)
-        fade = (self.top - top).exp_()
-        return self.output * fade / (self.total * fade + (sinks - top).exp_())
+_DEVICES = ("cuda",)  # where kernels are asked
+_MOST_QUERIES = 8  # of a call that they are asked about
+_Launch = Callable[[KVView, torch.Tensor, Scoring], torch.Tensor]
+_LAUNCHES: dict[tuple[Any, ...], _Launch] = {}
 
 
 class _NoBackward(torch.autograd.Function):
@@ -170,134 +56,67 @@ def forbid_backward(output: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def attend(view: KVView, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Attention output [B, H, Q, Dv] in the query's dtype, for query [B, H, Q, D]."""
+    """Attention output [B, H, Q, Dv] in the query's dtype, for query [B, H, Q, D].
+
+    FewbitError if the queries or the mask do not fit the view.
+    """
+    check_call(view, query, scoring.mask)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        output = _attend(view, query, scoring)
+        output = _launch(view, query, scoring)(view, query, scoring)
     return forbid_backward(output, query)
 
 
-def _attend(view: KVView, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+def _launch(view: KVView, query: torch.Tensor, scoring: Scoring) -> _Launch:
+    """What runs this call."""
+    pages, mask = view.pages, scoring.mask
+    if pages is None or view.n_queries > _MOST_QUERIES or query.device.type not in _DEVICES:
+        return kv_softmax.attend
+    if mask is not None and mask.dtype != torch.bool:
+        return kv_softmax.attend
+    key = (pages.key, pages.value, query.shape, view.shapes[1][1:], bucket_of(view.n_tokens, T_BUCKETS),
+           query.dtype, extras_of(scoring), context_rules())  # fmt: skip
+    found = _LAUNCHES.get(key)
+    if found is None:
+        found = _LAUNCHES[key] = chosen_launch(problem_of(view, pages, query, scoring))
+    return found
+
+
+def chosen_launch(problem: AttentionProblem) -> _Launch:
+    """The launch of the kernel and config that the dispatcher chooses."""
+    chosen = dispatch.choice(problem)
+    kernel = dispatch.kernels()[chosen.kernel]
+    return partial(kernel.launch, config=chosen.config) if kernel.configs else kernel.launch
+
+
+def extras_of(scoring: Scoring) -> tuple[str, ...]:
+    """`AttentionProblem.extras` of a call."""
+    found = {"mask": scoring.mask, "softcap": scoring.softcap, "sinks": scoring.sinks}
+    return tuple(name for name, given in found.items() if given is not None)
+
+
+def problem_of(
+    view: KVView, pages: Paged, query: torch.Tensor, scoring: Scoring
+) -> AttentionProblem:
+    """The problem that a call poses on this machine."""
     n_rows, n_heads, n_queries, head_dim = query.shape
     kv_heads = view.shapes[0][1]
-    if n_queries != view.n_queries:
-        raise FewbitError(
-            f"attention got {n_queries} queries for {view.n_queries} new keys; "
-            f"the packed KV cache serves self-attention only"
-        )
-    mask = _grouped_mask(scoring.mask, view, n_heads, kv_heads)
-    grouped = query.float().view(n_rows, kv_heads, n_heads // kv_heads, n_queries, head_dim)
-    state = _Softmax(grouped * scoring.scaling, view.shapes[1][-1])
-    limits = view.limits()
-    for run in _runs(view):
-        for rows in _query_blocks(view, run, query, scoring):
-            block = state.queries[:, :, :, rows]
-            scores = (block.flatten(2, 3) @ run.keys.mT).view(*block.shape[:-1], -1)
-            if scoring.softcap is not None:
-                scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-            state.add(rows, _masked(scores, view, run, rows, mask, scoring, limits), run.values)
-    sinks = scoring.sinks
-    if sinks is not None:
-        sinks = sinks.float().view(kv_heads, -1, 1, 1)
-    return state.finish(sinks).view(n_rows, n_heads, n_queries, -1).to(query.dtype)
-
-
-def _grouped_mask(
-    mask: torch.Tensor | None, view: KVView, n_heads: int, kv_heads: int
-) -> torch.Tensor | None:
-    """[B or 1, Hkv or 1, G or 1, Q, T]."""
-    if mask is None:
-        return None
-    wanted = (view.n_queries, view.n_tokens)
-    if mask.dim() != 4 or tuple(mask.shape[2:]) != wanted or mask.shape[1] not in (1, n_heads):
-        raise FewbitError(
-            f"attention mask must be [batch, 1 or {n_heads}, {wanted[0]}, {wanted[1]}] "
-            f"(queries, cached tokens), got {list(mask.shape)}"
-        )
-    heads = (1, 1) if mask.shape[1] == 1 else (kv_heads, n_heads // kv_heads)
-    return mask.view(mask.shape[0], *heads, *wanted)
-
-
-def _runs(view: KVView) -> Iterator[_Run]:
-    """All keys, first the stored and then the dense ones, a bounded number at a time."""
-    n_rows, kv_heads, _, head_dim = view.shapes[0]
-    width = max(head_dim, view.shapes[1][-1])
-    step = max(64, _RUN_ELEMENTS // (n_rows * kv_heads * width) // 64 * 64)
-    if view.n_queries > _PROMPT_RUN:
-        step = min(step, _PROMPT_RUN)  # so that queries before a run can skip it
-    two_forms = view.residual is not None
-    for start in range(0, view.stored, step):
-        keys, values = view.read(start, min(start + step, view.stored))
-        yield _Run(start, keys, values, "stored" if two_forms else "only")
-    if view.band is None:
-        return
-    keys, values = view.band
-    for start in range(0, keys.shape[2], step):
-        part = slice(start, start + step)
-        yield _Run(
-            view.band_start + start,
-            keys[:, :, part].float(),
-            values[:, :, part].float(),
-            "dense" if two_forms else "only",
-        )
-
-
-def _query_blocks(
-    view: KVView, run: _Run, query: torch.Tensor, scoring: Scoring
-) -> Iterator[slice]:
-    """Queries that may see the run, a bounded number at a time."""
-    n_rows, n_heads, n_queries, _ = query.shape
-    offset = view.n_tokens - n_queries
-    residual = view.residual or 0
-    first, last = _seeing(scoring.mask, run, n_queries)
-    if scoring.mask is None and scoring.causal:  # k ≤ p
-        first = max(first, run.start - offset)
-    if run.form == "stored" and run.start >= view.band_start:  # k ≤ p − residual
-        first = max(first, run.start + residual - offset)
-    if run.form == "dense":  # k ≥ p − residual + 1
-        last = min(last, run.stop - 1 + residual - offset)
-    step = max(1, _SCORES // (n_rows * n_heads * (run.stop - run.start)))
-    for start in range(first, last, step):
-        yield slice(start, min(start + step, last))
-
-
-def _seeing(mask: torch.Tensor | None, run: _Run, n_queries: int) -> tuple[int, int]:
-    """The first query of a long call that sees the run, and the one after the last.
-
-    Masks are asked, because some let queries see later keys although the layer is causal.
-    """
-    if mask is None or mask.dtype != torch.bool or n_queries <= _PROMPT_RUN:
-        return 0, n_queries
-    seen = mask[..., run.start : run.stop].any(-1).flatten(0, -2).any(0).nonzero()
-    return (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
-
-
-def _masked(
-    scores: torch.Tensor,
-    view: KVView,
-    run: _Run,
-    rows: slice,
-    mask: torch.Tensor | None,
-    scoring: Scoring,
-    limits: torch.Tensor | None,
-) -> torch.Tensor:
-    """Scores with −inf where a query may not see a key, or reads it in its other form."""
-    offset = view.n_tokens - view.n_queries
-    forbidden: torch.Tensor | None = None
-    keys = torch.arange(run.start, run.stop, device=scores.device)
-    if mask is not None:
-        part = mask[:, :, :, rows, run.start : run.stop]
-        if part.dtype == torch.bool:
-            forbidden = ~part
-        else:
-            scores = scores + part.float()
-    elif scoring.causal and run.stop - 1 > offset + rows.start:
-        positions = torch.arange(offset + rows.start, offset + rows.stop, device=scores.device)
-        forbidden = keys > positions.unsqueeze(1)
-    if limits is not None:
-        bound = limits[rows].unsqueeze(1)
-        other = keys >= bound if run.form == "stored" else keys < bound
-        forbidden = other if forbidden is None else forbidden | other
-    return scores if forbidden is None else scores.masked_fill(forbidden, -math.inf)
+    return AttentionProblem(
+        key=pages.key.format,
+        key_options=pages.key.options,
+        value=pages.value.format,
+        value_options=pages.value.options,
+        n_rows=n_rows,
+        n_queries=n_queries,
+        kv_heads=kv_heads,
+        group=n_heads // kv_heads,
+        head_dim=head_dim,
+        value_dim=view.shapes[1][-1],
+        t_bucket=bucket_of(view.n_tokens, T_BUCKETS),
+        dtype=query.dtype,
+        device=query.device.type,
+        extras=extras_of(scoring),
+        machine=this_device(query.device.type),
+    )
 
 
 def kv_attention(

@@ -20,166 +20,20 @@ token and masked by the model, and sinks begin after it.
 Layers with a bound of their own (sliding windows, recurrent states) stay the library's.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .errors import FewbitError
-from .kv_attention import Handle, KVView, forbid_backward
-from .kv_pages import PageArena, Side, lasting
+from .kv_attention import forbid_backward
+from .kv_dense import SLACK, Sink, Tail
+from .kv_pages import PageArena, Side
 from .kv_policy import KVPolicy
+from .kv_view import Handle, KVView, Paged
 
-_SLACK = 64  # tokens that `crop` can take back from the tail without a trace
 _AHEAD = 63  # tokens that are stored together with one that leaves the window
 _RUN = 1024  # tokens decoded at once for a model that wants all of them
-
-
-class _Tail:
-    """The newest `kept` tokens or more as they were computed, first to last, from `start` on."""
-
-    @lasting()
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, kept: int) -> None:
-        self.kept = kept
-        self.start = self.stop = 0
-        self.buffers = tuple(
-            like.new_empty((*like.shape[:2], kept + _SLACK, like.shape[3]))
-            for like in (keys, values)
-        )
-
-    def push(self, new: tuple[torch.Tensor, ...], first: int) -> tuple[torch.Tensor, ...]:
-        """Add keys and values [B, heads, n, D]; all tokens from `first` on, which must be held.
-
-        What comes back may be a view, valid until the next push.
-        """
-        n_new, room = new[0].shape[2], self.buffers[0].shape[2]
-        old = tuple(b[:, :, first - self.start : self.stop - self.start] for b in self.buffers)
-        if n_new > _SLACK:  # a prompt: what it asks for does not fit the buffers
-            band = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
-            self._refill(new)
-            return band
-        if self.stop - self.start + n_new > room:
-            self._shift(self.kept)
-        at = self.stop - self.start
-        for buffer, vectors in zip(self.buffers, new, strict=True):
-            buffer[:, :, at : at + n_new] = vectors
-        self.stop += n_new
-        return tuple(b[:, :, first - self.start : self.stop - self.start] for b in self.buffers)
-
-    def _refill(self, new: tuple[torch.Tensor, ...]) -> None:
-        """Keep the newest `kept` tokens of the buffers and `new` together."""
-        n_new = new[0].shape[2]
-        n_old = min(self.stop - self.start, max(0, self.kept - n_new))
-        self._shift(n_old)
-        n_taken = min(n_new, self.kept)
-        for buffer, vectors in zip(self.buffers, new, strict=True):
-            buffer[:, :, n_old : n_old + n_taken] = vectors[:, :, n_new - n_taken :]
-        self.stop += n_new
-        self.start = self.stop - n_old - n_taken
-
-    def _shift(self, n_kept: int) -> None:
-        """Move the newest tokens to the front."""
-        n_held = self.stop - self.start
-        n_kept = min(n_kept, n_held)
-        for buffer in self.buffers:
-            buffer[:, :, :n_kept] = buffer[:, :, n_held - n_kept : n_held].clone()
-        self.start = self.stop - n_kept
-
-    def crop(self, n_tokens: int) -> None:
-        """Forget what lies at `n_tokens` and behind."""
-        self.stop = min(self.stop, n_tokens)
-        self.start = min(self.start, self.stop)
-
-    @lasting()
-    def select(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
-        self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
-
-    @lasting()
-    def to(self, device: torch.device) -> None:
-        """Move the buffers."""
-        self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
-
-
-class _Sink:
-    """The first `count` tokens of each row after its padding, `starts` int64 [B] on the host."""
-
-    @lasting()
-    def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, count: int, starts: torch.Tensor
-    ) -> None:
-        self.count = count
-        self.buffers = tuple(
-            like.new_zeros((*like.shape[:2], count, like.shape[3])) for like in (keys, values)
-        )
-        self._begin(starts.cpu().clone())
-
-    def _begin(self, starts: torch.Tensor) -> None:
-        self.starts = starts
-        self._first, self._last = int(starts.min()), int(starts.max())
-        self._found: tuple[tuple[int, int], tuple[torch.Tensor, ...]] | None = None
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything that is allocated."""
-        yield from self.buffers
-        yield self.starts
-        if self._found is not None:
-            yield from self._found[1]
-
-    def _overlap(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
-        """(row, sink index, index in the run) of each sink token within start … stop.
-
-        The last answer is remembered: the same run is read at every step.
-        """
-        key = (start, min(stop, self._last + self.count))
-        if self._found is None or self._found[0] != key:
-            with lasting():
-                indices = self.starts.unsqueeze(1) + torch.arange(self.count) - start
-                rows, slots = ((indices >= 0) & (indices < stop - start)).nonzero(as_tuple=True)
-                found = (rows, slots, indices[rows, slots])
-                self._found = key, tuple(i.to(self.buffers[0].device) for i in found)
-        return self._found[1]
-
-    def _parts(
-        self, start: int, stop: int
-    ) -> tuple[tuple[slice | torch.Tensor, ...], tuple[slice | torch.Tensor, ...]] | None:
-        """Where the sink tokens within start … stop are, in the buffers and in the run."""
-        if start >= self._last + self.count or self._first >= stop:
-            return None
-        everything = slice(None)
-        if self._first == self._last:  # rows begin together
-            first, last = max(start, self._first), min(stop, self._first + self.count)
-            here, there = (slice(first - at, last - at) for at in (self._first, start))
-            return (everything, everything, here), (everything, everything, there)
-        rows, slots, indices = self._overlap(start, stop)
-        return (rows, everything, slots), (rows, everything, indices)
-
-    def fill(self, new: tuple[torch.Tensor, ...], start: int) -> None:
-        """Take the sink tokens among keys and values [B, heads, n, D] of positions from `start`."""
-        parts = self._parts(start, start + new[0].shape[2])
-        if parts is not None:
-            for buffer, vectors in zip(self.buffers, new, strict=True):
-                buffer[parts[0]] = vectors[parts[1]]
-
-    def lay_over(self, run: tuple[torch.Tensor, ...], start: int) -> None:
-        """Replace the sink tokens among decoded keys and values [B, heads, n, D], in place."""
-        parts = self._parts(start, start + run[0].shape[2])
-        if parts is not None:
-            for buffer, vectors in zip(self.buffers, run, strict=True):
-                vectors[parts[1]] = buffer[parts[0]].to(vectors.dtype)
-
-    @lasting()
-    def select(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
-        self.buffers = tuple(b.index_select(0, rows.to(b.device)) for b in self.buffers)
-        self._begin(self.starts[rows.to(self.starts.device)])
-
-    @lasting()
-    def to(self, device: torch.device) -> None:
-        """Move the buffers."""
-        self.buffers = tuple(buffer.to(device) for buffer in self.buffers)
-        self._found = None
 
 
 class PackedLayer(CacheLayerMixin):
@@ -208,8 +62,8 @@ class PackedLayer(CacheLayerMixin):
         self.handles = handles
         self.n_tokens = 0
         self.pages: PageArena | None = None
-        self.tail: _Tail | None = None
-        self.sink: _Sink | None = None
+        self.tail: Tail | None = None
+        self.sink: Sink | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for keys and values shaped like these."""
@@ -224,14 +78,14 @@ class PackedLayer(CacheLayerMixin):
         n_rows = key_states.shape[0]
         self.pages = PageArena((keys, values), n_rows, self.device, self.reserve)
         if self.policy.residual:
-            self.tail = _Tail(key_states, value_states, self.policy.residual + _SLACK)
+            self.tail = Tail(key_states, value_states, self.policy.residual + SLACK)
         if self.policy.sink:
             starts = torch.zeros(n_rows, dtype=torch.int64) if self.starts is None else self.starts
             if starts.shape != (n_rows,):
                 raise FewbitError(
                     f"the KV cache was made for {starts.numel()} rows of padding, got {n_rows} rows"
                 )
-            self.sink = _Sink(key_states, value_states, self.policy.sink, starts)
+            self.sink = Sink(key_states, value_states, self.policy.sink, starts)
             self.starts = None  # the sink's are reordered with its rows
         self.is_initialized = True
 
@@ -306,7 +160,14 @@ class PackedLayer(CacheLayerMixin):
             shapes,
             self.dtype,
             keys.device,
+            self._paged(),
         )
+
+    def _paged(self) -> Paged:
+        if self.sink is None:
+            return self._arena().paged()
+        keys, values = self.sink.buffers
+        return self._arena().paged((keys, values), self.sink.starts_on_device)
 
     def _read(
         self, start: int, stop: int, dtype: torch.dtype = torch.float32

@@ -19,17 +19,25 @@ and written as slices. What lives as long as the cache is allocated outside of i
 that a cache filled there can go on elsewhere.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
+from . import dispatch, kv_write
 from .format import Parts
+from .kernel import M_BUCKETS, RowsProblem, bucket_of
 from .kv_policy import PageUse
+from .kv_view import Paged, Pair
+from .kv_write import PAGE, AppendOptions
+from .machine import this_device
 from .page_format import find_page_format
+from .policy import context_rules
 
-PAGE = 64  # tokens
+_DEVICES = ("cuda",)  # where kernels are asked to write
 _MOST_RESERVED = 1 << 15  # tokens of a row that are reserved on request; longer texts grow
 _GROWTH = 16  # storage grows by one part in so many
 
@@ -70,6 +78,19 @@ class Side:
         }
 
 
+Write = Callable[[Paged, torch.Tensor, torch.Tensor, int], None]
+
+
+def chosen_write(problem: RowsProblem) -> Write | None:
+    """The launch of the kernel and config that the dispatcher chooses; None if it is plain torch's,
+    which has a shorter way here."""
+    chosen = dispatch.choice(problem)
+    kernel = dispatch.kernels()[chosen.kernel]
+    if kernel is kv_write.KERNEL:
+        return None
+    return partial(kernel.launch, config=chosen.config) if kernel.configs else kernel.launch
+
+
 class PageArena:
     """Pages of one layer. All rows hold the same number of tokens, `n_tokens`.
 
@@ -90,6 +111,7 @@ class PageArena:
         self._on_device = self._table.to(device)
         self._n_columns = 0  # columns of the table in use
         self._in_order = True  # row r has page c · rows + r in column c
+        self._kernels: dict[tuple[Any, ...], Write | None] = {}
 
     @property
     def n_rows(self) -> int:
@@ -100,6 +122,11 @@ class PageArena:
     def device(self) -> torch.device:
         """Where the storage is."""
         return self._on_device.device
+
+    def paged(self, sink: Pair | None = None, starts: torch.Tensor | None = None) -> Paged:
+        """What is stored, for kernels that read it themselves; valid until the next change."""
+        (keys, values), (key_parts, value_parts) = self.sides, self.storage
+        return Paged(keys.use, values.use, key_parts, value_parts, self._on_device, sink, starts)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything that is allocated."""
@@ -117,17 +144,46 @@ class PageArena:
             return
         self._own_last_page()
         self._extend(-(-(self.n_tokens + n_new) // PAGE))
-        column, slot = divmod(self.n_tokens, PAGE)
-        positions = torch.arange(self.n_tokens, self.n_tokens + n_new, device=self.device)
+        slot = self.n_tokens % PAGE
+        write = self._kernel(keys) if self.device.type in _DEVICES else None
+        if write is None and self._in_order and slot + n_new <= PAGE:
+            self._fill(keys, values, slot)
+        else:
+            (write or kv_write.append)(self.paged(), keys, values, self.n_tokens)
+        self.n_tokens += n_new
+
+    def _fill(self, keys: torch.Tensor, values: torch.Tensor, slot: int) -> None:
+        """Write from `slot` on within the last column, whose pages are a slice of the storage."""
+        first = self.n_tokens // PAGE * self.n_rows
         for side, parts, vectors in zip(self.sides, self.storage, (keys, values), strict=True):
             for name, part in side.encode(vectors).items():
-                if self._in_order and slot + n_new <= PAGE:
-                    pages = parts[name][column * self.n_rows : (column + 1) * self.n_rows]
-                    pages[:, :, slot : slot + n_new] = part
-                else:
-                    table = self._on_device[:, positions // PAGE]
-                    parts[name][table, :, positions % PAGE] = part.transpose(1, 2)
-        self.n_tokens += n_new
+                pages = parts[name][first : first + self.n_rows]
+                pages[:, :, slot : slot + vectors.shape[2]] = part
+
+    def _kernel(self, keys: torch.Tensor) -> Write | None:
+        """What writes keys like these, unless plain torch does."""
+        if self.sides[0].n_heads != self.sides[1].n_heads:
+            return None
+        size = bucket_of(keys.shape[0] * keys.shape[2], M_BUCKETS)
+        key = (size, keys.dtype, keys.device.type, context_rules())
+        if key not in self._kernels:
+            self._kernels[key] = chosen_write(self._problem(*key[:3]))
+        return self._kernels[key]
+
+    def _problem(self, size: int, dtype: torch.dtype, device: str) -> RowsProblem:
+        keys, values = self.sides
+        options = AppendOptions(
+            keys.use.format,
+            keys.use.options,
+            values.use.format,
+            values.use.options,
+            keys.n_heads,
+            keys.head_dim,
+            values.head_dim,
+        )
+        numbers = keys.n_heads * keys.head_dim + values.n_heads * values.head_dim
+        machine = this_device(device)
+        return RowsProblem("append_kv", options, size, numbers, dtype, device, machine)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [rows, heads, stop − start, D] of stored tokens, as new tensors."""

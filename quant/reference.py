@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from .activation import RoundedRows, find_activation, integer_form
 from .format import IntegerForm, dequantize
-from .kernel import Kernel, Problem, Reason
+from .kernel import AnyProblem, Kernel, Problem, Reason, RowsProblem
 from .machine import limit_of
 from .packed import PackedTensor
 
@@ -37,6 +37,8 @@ from .packed import PackedTensor
 _DECODE_WEIGHTS_PER_SECOND = 3e8
 _MACS_PER_SECOND = 5e9
 _DECODED_BYTES = 64  # moved for each weight on a GPU: about 16 passes in fp32, a guess
+_TURNED_BYTES = 40  # moved for each number of a Hadamard transform, and calls of torch; guesses
+_TURN_CALLS = 6
 _BLOCK_WEIGHTS = 1 << 22  # integers widened to fp64 at once: 32 MB
 
 
@@ -85,7 +87,7 @@ class _Linear(torch.autograd.Function):
         return grad @ dense(ctx.packed, grad.dtype), None, None
 
 
-def _refuse(problem: Problem) -> tuple[Reason, ...]:
+def _refuse(problem: AnyProblem) -> tuple[Reason, ...]:
     return ()
 
 
@@ -102,6 +104,29 @@ def _seconds(problem: Problem) -> float:
     decode = problem.n_terms * weights / _DECODE_WEIGHTS_PER_SECOND
     return decode + weights * problem.m_bucket / _MACS_PER_SECOND
 
+
+def _turn(x: torch.Tensor, layout: Any) -> torch.Tensor:
+    turned: torch.Tensor = layout.apply(x)
+    return turned
+
+
+def _turn_seconds(problem: RowsProblem) -> float:
+    """By memory: in fp32, a few passes for each group of factors; 1 s for an unknown machine."""
+    bandwidth = problem.machine.bandwidth_bytes_per_second if problem.machine else None
+    if bandwidth is None:
+        return 1.0
+    return problem.m_bucket * problem.k * _TURNED_BYTES / bandwidth + _TURN_CALLS * 5e-6
+
+
+HADAMARD = Kernel(
+    name="hadamard_torch",
+    refuse=_refuse,
+    prepare=lambda transform, dtype: transform,
+    launch=_turn,
+    seconds=_turn_seconds,
+    priority=-1,
+    op="hadamard",
+)
 
 KERNEL = Kernel(
     name="reference",

@@ -17,6 +17,7 @@ from fewbit.quant.hadamard import (
     largest_order,
     sign_bits,
     supported,
+    two_factors,
 )
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
@@ -330,3 +331,20 @@ def test_stored_form() -> None:
 def test_damaged_stored_forms_are_refused(stored: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         Hadamard.parse(stored)
+
+
+@pytest.mark.parametrize("order", [1, 2, 12, 64, 96, 768, 4864, 8960])
+def test_two_factors_multiply_to_the_matrix(order: int) -> None:
+    found = two_factors(order, 256)
+    assert found is not None and max(len(factor) for factor in found) <= 256
+    assert torch.equal(torch.kron(*found), hadamard_matrix(order))
+
+
+def test_factors_are_even_and_small_or_none() -> None:
+    sizes = {
+        order: [len(f) for f in two_factors(order, 256) or ()] for order in (4096, 14336, 29568)
+    }
+    assert sizes == {4096: [64, 64], 14336: [112, 128], 29568: []}
+    assert two_factors(172, 128) is None
+    with pytest.raises(FormatError, match="6"):
+        two_factors(6, 256)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.quant import kv_attention, kv_cache, kv_pages
+from fewbit.quant import kv_cache, kv_pages, kv_softmax
 from fewbit.quant.errors import FewbitError
 from fewbit.quant.kv_attention import Scoring, attend
 from fewbit.quant.kv_cache import KVCache, PackedLayer
@@ -222,7 +222,7 @@ def test_decoded_tensors_hold_what_a_single_query_reads(
 def test_a_step_copies_nothing_that_grows_with_the_text(
     residual: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_attention, "_RUN_ELEMENTS", 64 * DIM * HEADS * ROWS)
+    monkeypatch.setattr(kv_softmax, "_RUN_ELEMENTS", 64 * DIM * HEADS * ROWS)
     layer = layer_of(INT4, residual, 4, reserve=2000)
     layer.update(*tokens(1500))
     arena = layer._arena()
@@ -309,19 +309,17 @@ def test_tokens_are_stored_in_blocks_and_ahead_of_need(
     residual: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    encode = kv_pages.Side.encode
+    append = kv_pages.PageArena.append
 
-    def spy(self: Any, vectors: torch.Tensor) -> Any:
-        calls.append(vectors.shape[2])
-        return encode(self, vectors)
+    def spy(self: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        calls.append(keys.shape[2])
+        append(self, keys, values)
 
-    monkeypatch.setattr(kv_pages.Side, "encode", spy)
+    monkeypatch.setattr(kv_pages.PageArena, "append", spy)
     layer = layer_of(INT4, residual)
     new, asked = tokens(300), queries(300)
     found = feed(layer, new, [100, *[1] * 200], asked)
-    assert 4 < len(calls) <= 2 * (1 + 200 // residual), (
-        "each token that leaves the window costs a call"
-    )
+    assert 2 < len(calls) <= 1 + 200 // residual, "each token that leaves the window costs a call"
     layer.crop(-30)
     again = feed(layer, tuple(p[:, :, 270:] for p in new), [1] * 30, asked[:, :, 270:])
     torch.testing.assert_close(again, found[:, :, 270:], rtol=1e-5, atol=1e-6)

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from fewbit.kernels_triton import _triton
+from fewbit.quant import dispatch, kv_pages
 from fewbit.quant.formats.dense_head import DenseHeadOptions
 from fewbit.quant.formats.int4_head import Int4HeadOptions
 from fewbit.quant.kv_pages import PAGE, PageArena, Side
 from fewbit.quant.kv_policy import PageUse
+from fewbit.quant.ladder import Candidate
 
 DENSE = PageUse("dense_head", DenseHeadOptions())
 INT4 = PageUse("int4_head", Int4HeadOptions())
@@ -247,3 +250,52 @@ def test_pages_made_in_inference_mode_are_written_outside() -> None:
     pages.select(torch.tensor([1, 0]))
     pages.append(*tokens(2, 1))
     assert pages.n_tokens == 211
+
+
+def test_pages_are_handed_to_kernels_without_a_copy() -> None:
+    pages = arena(INT4, dims=(8, 8))
+    pages.append(*tokens(3, 70, dims=(8, 8)))
+    sink = tokens(3, 2, dims=(8, 8))
+    given = pages.paged((sink[0], sink[1]), torch.zeros(3, dtype=torch.int64))
+    assert (given.key, given.value) == (INT4, INT4) and given.sink is not None
+    for parts, storage in zip((given.keys, given.values), pages.storage, strict=True):
+        assert list(parts) == ["codes", "scale", "minimum"]
+        assert all(parts[name] is storage[name] for name in parts)
+    assert given.table[:, :2].tolist() == pages._table[:, :2].tolist()
+    pages.select(torch.tensor([2, 0]))
+    assert pages.paged().table.shape[0] == 2 and pages.paged().sink is None
+
+
+def test_without_a_kernel_for_it_the_gpu_would_be_written_by_torch() -> None:
+    """Sides of different numbers of heads; and what the dispatcher answers on this machine."""
+    assert arena(INT4)._kernel(tokens(3, 1)[0]) is None
+    problem = arena(INT4)._problem(4, torch.float32, "cpu")
+    assert problem.op == "append_kv" and problem.k == 2 * 6 + 1 * 4
+    assert kv_pages.chosen_write(problem) is None
+
+
+@pytest.mark.skipif(not _triton.interpreted(), reason="kernels do not run in the interpreter here")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_kernels_write_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of tokens, single ones, beams that part, and crops, in two arenas side by side."""
+    use = PageUse("int4_head", Int4HeadOptions("range"))
+    sides = (Side(use, 2, 8, torch.bfloat16), Side(use, 2, 4, torch.bfloat16))
+    chosen = Candidate("triton_append_int4", (("heads", 2), ("warps", 1)))
+    monkeypatch.setattr(dispatch, "choice", lambda problem: chosen)
+    pair = [PageArena(sides, 2, CPU), PageArena(sides, 2, CPU)]
+    generator = torch.Generator().manual_seed(0)
+    orders = {60: torch.tensor([1, 1]), 66: torch.tensor([1, 0, 0])}
+    n_rows = 2
+    for n in (59, 1, 5, 1, 1, 3):
+        keys, values = (
+            torch.randn(n_rows, 2, n, d, generator=generator).bfloat16() for d in (8, 4)
+        )
+        for device, pages in zip(("cuda", "cpu"), pair, strict=True):
+            monkeypatch.setattr(kv_pages, "_DEVICES", (device,))
+            pages.append(keys, values)
+            if pages.n_tokens in orders:
+                pages.select(orders[pages.n_tokens])
+        n_rows = pair[0].n_rows
+    assert n_rows == 3 and not pair[1]._in_order
+    for one, other in zip(*(pages.storage for pages in pair), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
