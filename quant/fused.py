@@ -45,6 +45,7 @@ from .dispatch import choice, kernels, m_bucket, problem_of
 from .errors import FormatError
 from .format import find_format
 from .linear import QuantLinear
+from .online import transformed
 from .packed import PackedTensor, Term
 from .policy import context_rules
 from .runner import Layouts, Plan, bound_launch, integer_launch
@@ -141,7 +142,7 @@ class Group:
         key, source = _key(x), x
         copy = [x.clone()] if x.is_inference() else []
         for transform in members[0].inputs:
-            x = transform.apply(x)
+            x = transformed(transform, x)
         rows = x.reshape(-1, members[0].in_features)
         plan = self._plan(members, rows)
         if plan is None:

@@ -35,9 +35,10 @@ from torch.utils._pytree import tree_map
 
 from . import reference
 from .errors import FormatError
+from .online import InputTransform
 from .packed import PackedTensor
 from .packed_module import PackedModule, Terms
-from .runner import InputTransform, Runner
+from .runner import Runner
 
 
 class SharedProduct(Protocol):

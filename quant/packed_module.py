@@ -22,8 +22,9 @@ from . import reference
 from .activation import find_activation
 from .errors import FormatError
 from .format import PartSpec, find_format
+from .online import InputTransform
 from .packed import PackedTensor, Term
-from .runner import InputTransform, Runner
+from .runner import Runner
 
 Terms = Sequence[tuple[str, Any]]  # (format name, its options) of each summand
 

@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,6 +27,7 @@ from .activation import find_activation
 from .dispatch import Explanation, problem_of
 from .errors import NoKernelError
 from .kernel import M_BUCKETS, Config, Kernel
+from .online import InputTransform, transformed
 from .packed import PackedTensor
 from .policy import Rules, context_rules
 
@@ -80,14 +81,6 @@ def integer_launch(launch: Launch, device: str) -> Launch:
     return without
 
 
-class InputTransform(Protocol):
-    """What happens to x before it is rounded, such as a rotation that is folded into the weight."""
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] of any floating dtype -> the same shape and dtype, differentiable."""
-        ...
-
-
 class Runner:
     """Multiplies by one weight [N, K]; holds its layouts and its choices. See the module's text.
 
@@ -118,7 +111,7 @@ class Runner:
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> y [..., N] in the dtype of x; differentiable in x (by `reference`)."""
         for transform in self.inputs:
-            x = transform.apply(x)
+            x = transformed(transform, x)
         if x.requires_grad and torch.is_grad_enabled():
             return reference.linear(x, self.packed.to(x.device), self.activation)
         if x.shape[-1] != self.k:
