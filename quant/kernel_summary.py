@@ -47,7 +47,9 @@ class PlanLine:
 def _rung_text(rung: Explanation) -> str:
     sizes = f"M = {rung.first} ..." if rung.last is None else f"M = {rung.first} to {rung.last}"
     known = "measured" if rung.origin == "table" else "estimated"
-    share = f", {rung.limit.share:.0%} of the limit at M = {rung.problem.size}" if rung.limit else ""
+    share = (
+        f", {rung.limit.share:.0%} of the limit at M = {rung.problem.size}" if rung.limit else ""
+    )
     return f"     {sizes:16s} {rung.candidate}  {known}{share}"
 
 

@@ -30,7 +30,7 @@ from .activation import find_activation, integer_form
 from .dispatch import kernels
 from .errors import NoKernelError, TuningError, nearest_name
 from .format import find_format
-from .kernel import AnyProblem, Config, Kernel, Problem
+from .kernel import AnyProblem, Kernel, Problem
 from .packed import PackedTensor, Term
 from .runner import launch_of
 from .timing import Candidate, Fault

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from fake_kernels import pack
 from torch import nn
 
+from fake_kernels import pack
 from fewbit.quant.errors import FormatError
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.linear import QuantLinear

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fake_kernels import fake, only, pack
 from torch import nn
 
+from fake_kernels import fake, only, pack
 from fewbit.quant import dispatch
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.fused import fuse
