@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fewbit: {type(error).__name__}: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        resumes = "; the same command resumes" if options.command == "quantize" else ""
+        goes_on = options.command in ("quantize", "autotune")
+        resumes = "; the same command resumes" if goes_on else ""
         print(f"fewbit: interrupted{resumes}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -49,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of named errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_quantize, _add_eval, _add_generate, _add_inspect, _add_kernels):
+    for add in (
+        _add_quantize, _add_eval, _add_generate, _add_inspect, _add_kernels, _add_autotune,
+    ):  # fmt: skip
         add(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print one")
     recipes.add_argument("name", nargs="?")
@@ -135,6 +138,22 @@ def _add_kernels(commands: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for stdout")
     parser.set_defaults(run=_kernels)
+
+
+def _add_autotune(commands: Any) -> None:
+    parser = commands.add_parser("autotune", help="find the fastest kernels for a model's products")
+    parser.add_argument("path", nargs="?", help="folder that `fewbit quantize` wrote")
+    parser.add_argument("--shapes", metavar="NAME", help="packaged shapes (llama3-8b) or FILE.json")
+    parser.add_argument(
+        "--formats", metavar="R,R", help="recipes whose formats --shapes is tuned for"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="compile and rank, time nothing")
+    parser.add_argument("--gpu", metavar="NAME", help="of a dry run: h200, FILE.json")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="of time on the GPU")
+    parser.add_argument("-o", "--out", metavar="TABLE.json", help="the user's table if absent")
+    parser.add_argument("--jobs", type=int, help="compiler processes; one a core if absent")
+    parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for stdout")
+    parser.set_defaults(run=_autotune)
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -251,6 +270,26 @@ def _kernels(options: argparse.Namespace) -> int:
         dtype=options.dtype,
     )
     _emit(options.json, value, text)
+    return 0
+
+
+def _autotune(options: argparse.Namespace) -> int:
+    from .autotune_command import Request, autotune_command
+    from .autotune_report import TuningBar
+
+    request = Request(
+        path=options.path,
+        shapes=options.shapes,
+        gpu=options.gpu,
+        dry_run=options.dry_run,
+        budget_minutes=options.budget,
+        out=options.out,
+        formats=options.formats,
+        n_jobs=options.jobs,
+    )
+    with TuningBar() as bar:
+        report = autotune_command(request, bar)
+    _emit(options.json, report.as_dict(), report.text())
     return 0
 
 

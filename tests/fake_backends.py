@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from tuned_tables import H200
-
 from fewbit.quant.errors import NoKernelError, TuningError
 from fewbit.quant.kernel import Compiled
 from fewbit.quant.timing import Candidate, Facts, Fault
+from tuned_tables import H200
 
 
 def act(how):

@@ -13,10 +13,15 @@ FLOORS = {
         "quant.registry", "quant.page_format"},
     1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.tuned", "quant.recipe",
         "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
-        "quant.byte_lanes", "quant.machine", "quant.cost_model", "quant.policy"},
+        "quant.byte_lanes", "quant.machine", "quant.cost_model", "quant.policy",
+        "quant.ladder", "quant.tuned_table", "quant.tuned_text", "quant.tuned_file",
+        "quant.kv_view", "quant.kv_softmax", "quant.kv_write"},
     4: {"quant.evaluate", "quant.score", "quant.plan", "quant.inspect", "quant.doctor",
         "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress",
-        "quant.kernel_report"},
+        "quant.kernel_report", "quant.timing", "quant.child", "quant.compile_pool",
+        "quant.tuning_worker", "quant.gpu_timer", "quant.timed_case", "quant.search",
+        "quant.model_error", "quant.model_shapes", "quant.tuning_binaries", "quant.tuning_record",
+        "quant.autotune_report", "quant.autotune_command"},
 }  # fmt: skip
 FORBIDDEN = ("utils", "util", "helpers", "common", "base", "misc")
 MAX_LINES = 450

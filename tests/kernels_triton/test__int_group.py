@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from packed_weights import outlier_weight, pack
 
 from fewbit.kernels_triton import _int_group, dequantize, int_group_gemm, int_group_gemv
 from fewbit.quant.errors import NoKernelError
@@ -15,6 +14,7 @@ from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.kernel import Problem
 from fewbit.quant.machine import load_device
 from fewbit.quant.packed import PackedTensor
+from packed_weights import outlier_weight, pack
 
 PROBLEM = Problem(
     "int_group", IntGroupOptions(), 1, 16, 4096, 4096, torch.bfloat16, "cuda",

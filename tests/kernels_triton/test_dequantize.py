@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_weights import outlier_weight, pack, poisoned
 
 from fewbit.kernels_triton import _triton, int_group_gemm
 from fewbit.kernels_triton.dequantize import KERNEL, configs, dense, launch, prepare, seconds
@@ -21,6 +20,7 @@ from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.kernel import Compiled, Config, Problem
 from fewbit.quant.machine import load_device
 from fewbit.quant.packed import PackedTensor, Term
+from packed_weights import outlier_weight, pack, poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEM = Problem(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_weights import outlier_weight, pack, poisoned, relative_error
 
 from fewbit.kernels_triton import _triton, int_group_gemm
 from fewbit.kernels_triton.int_group_gemv import KERNEL, configs, launch, prepare, seconds
@@ -19,6 +18,7 @@ from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.kernel import Compiled, Config, Problem
 from fewbit.quant.machine import device_names, load_device
 from fewbit.quant.packed import PackedTensor, Term
+from packed_weights import outlier_weight, pack, poisoned, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBLEM = Problem(

@@ -75,7 +75,9 @@ def test_starts_without_heavy_imports():
 
 
 def test_every_command_has_help(capsys):
-    for command in ("quantize", "eval", "generate", "inspect", "recipes", "doctor", "demo"):
+    for command in (
+        "quantize", "eval", "generate", "inspect", "recipes", "kernels", "autotune", "doctor", "demo",
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuned_tables import H200, kernel, problem
 
 from fewbit.quant import compile_pool
 from fewbit.quant.compile_pool import CompileFailure, Job, compile_all, job_key, known_code
 from fewbit.quant.errors import NoKernelError, TuningError
 from fewbit.quant.kernel import Compiled, RowsProblem
 from fewbit.quant.machine import load_device
+from tuned_tables import H200, kernel, problem
 
 TESTS = Path(__file__).resolve().parent.parent
 FAKE = "fake_backends:fake_compiler"

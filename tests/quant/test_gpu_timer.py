@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from tuned_tables import H200
 
 from fewbit.quant import gpu_timer, timed_case
 from fewbit.quant.cpu import KERNELS
@@ -16,6 +15,7 @@ from fewbit.quant.kernel import Kernel, Problem, RowsProblem
 from fewbit.quant.machine import this_device
 from fewbit.quant.timing import Candidate, Fault
 from fewbit.quant.tuning_worker import IsolatedTimer
+from tuned_tables import H200
 
 DENSE = Candidate("dense_cached")
 

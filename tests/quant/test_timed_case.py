@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tuned_tables import H200
 
 from fewbit.quant import reference, timed_case
 from fewbit.quant.errors import NoKernelError, TuningError
@@ -25,6 +24,7 @@ from fewbit.quant.timed_case import (
     worst_line_error,
 )
 from fewbit.quant.timing import Candidate, Fault
+from tuned_tables import H200
 
 CPU = torch.device("cpu")
 INT8 = {"format": "int_two_level", "options": IntTwoLevelOptions(), "activation": "int8_token"}

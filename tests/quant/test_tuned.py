@@ -5,7 +5,6 @@ import warnings
 from dataclasses import replace
 
 import pytest
-from tuned_tables import BIG, CONFIG, FAULT, H200, KNOWN, TOOLS, entry, kernel, problem, row, table
 
 from fewbit.quant import tuned_file
 from fewbit.quant.errors import TableError
@@ -16,6 +15,7 @@ from fewbit.quant.tuned import NO_TABLES, Tables, current_tables, freshness
 from fewbit.quant.tuned_file import Layered, append_rows
 from fewbit.quant.tuned_table import Quarantined, Row
 from fewbit.quant.tuned_text import table_text
+from tuned_tables import BIG, CONFIG, FAULT, H200, KNOWN, TOOLS, entry, kernel, problem, row, table
 
 
 @pytest.fixture(autouse=True)

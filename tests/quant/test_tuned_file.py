@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tuned_tables import FAULT, problem, row, table
 
 from fewbit.quant import tuned_file
 from fewbit.quant.errors import TableError
@@ -27,6 +26,7 @@ from fewbit.quant.tuned_file import (
 )
 from fewbit.quant.tuned_table import fingerprint, merge
 from fewbit.quant.tuned_text import table_text
+from tuned_tables import FAULT, problem, row, table
 
 TESTS = Path(__file__).resolve().parent.parent
 OTHER = table(row(problem(n=8192)), machine=load_device("a100-80gb"))

@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from tuned_tables import FAULT, H200, entry, problem, row, table
 
 from fewbit.quant.errors import TableError
 from fewbit.quant.kernel import Compiled
@@ -19,6 +18,7 @@ from fewbit.quant.tuned_table import (
     merge,
     utc_now,
 )
+from tuned_tables import FAULT, H200, entry, problem, row, table
 
 
 def test_described_gpus_are_told_apart_and_cpus_have_no_tables():

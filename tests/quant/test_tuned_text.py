@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tuned_tables import FAULT, entry, problem, row, table
 
 from fewbit.quant.errors import TableError
 from fewbit.quant.tuned_table import Row, merge
 from fewbit.quant.tuned_text import content_hash, parse_table, table_text
+from tuned_tables import FAULT, entry, problem, row, table
 
 SMALL = Row("hadamard order=64 K=64 * float16 cuda", (entry(1), entry(2)), "2026-11-02T10:00:00Z",
             (("triton", "3.6.0"),))  # fmt: skip

@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_backends import candidate
-from tuned_tables import H200, problem
 
+from fake_backends import candidate
 from fewbit.quant.errors import NoKernelError, TuningError
 from fewbit.quant.timing import Fault
 from fewbit.quant.tuning_worker import IsolatedTimer
+from tuned_tables import H200, problem
 
 TESTS = Path(__file__).resolve().parent.parent
 FINE, HANG, DIE, RAISE, WRONG, EARLY, LONG, BREAKS = map(candidate, (0, 1, 2, 3, 5, 6, 7, 8))
