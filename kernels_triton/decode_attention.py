@@ -108,9 +108,8 @@ _CHOICES = ("rows", "splits", "stages", "tokens", "warps")
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _FULL = 1 << 14  # programs beyond which no further split helps any GPU
 # Numbers of a warp's tile; larger ones spill on one of five capabilities that were compiled for.
-_MOST_NUMBERS = {"triton_attend_int4": 1 << 13, "triton_attend_dense": 1 << 12}
+_MOST_NUMBERS = {"triton_attend_int4": 1 << 13, "triton_attend_dense": 1 << 11}
 _MOST_REGISTERS = 255  # of a thread; saying so keeps ptxas from spilling a few to fit more blocks
-_ODD_ONE = (32, 1, 16)  # tokens, warps, width: spills 8 bytes on capability 8.9
 
 
 def _padded(size: int, least: int) -> int:
@@ -138,8 +137,8 @@ def _tiles(name: str, problem: AttentionProblem) -> Iterator[tuple[int, int, int
         for tokens in (32, 64) if name == "triton_attend_int4" else (16, 32):
             for warps in (1, 2, 4, 8):
                 numbers = rows * tokens * max(width, 2 * rows)
-                fits = numbers <= warps * _MOST_NUMBERS[name] and (tokens, warps, width) != _ODD_ONE
-                if fits and warps <= width // 8:
+                numbers *= 2 if rows > 8 and problem.extras else 1
+                if numbers <= warps * _MOST_NUMBERS[name] and warps <= width // 8:
                     yield rows, tokens, warps
 
 
@@ -175,11 +174,7 @@ def attend(view: KVView, query: torch.Tensor, scoring: Scoring, config: Config) 
 
 
 def attend_counted(
-    pages: Paged,
-    query: torch.Tensor,
-    counts: torch.Tensor,
-    scoring: Scoring,
-    config: Config,
+    pages: Paged, query: torch.Tensor, counts: torch.Tensor, scoring: Scoring, config: Config
 ) -> torch.Tensor:
     """As `attend`, over the first counts[b] stored tokens of row b, the newest Q of which ask.
 
