@@ -27,9 +27,10 @@ def test_one_shape_on_a_described_gpu(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "N=28672 K=4096 M<=48 bfloat16 cuda (NVIDIA H200 SXM 141 GB sm_90)" in lines[0]
-    assert lines[1].startswith(" CHOSEN reference ")
+    assert lines[1].startswith(" CHOSEN triton_int_group {block_m ")
+    assert " us estimated, for M = " in lines[1]
     assert any("int4pack: ARCH runs on the CPU, got cuda (NVIDIA H200" in line for line in lines)
-    assert lines[-1].startswith(" limit  memory 13.3 us estimated; reference reaches")
+    assert lines[-1].startswith(" limit  memory 13.3 us estimated; triton_int_group reaches")
 
 
 def test_json_of_one_shape(capsys: pytest.CaptureFixture[str]) -> None:
