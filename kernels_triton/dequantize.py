@@ -90,6 +90,7 @@ def expand(
 # ---- what may be asked ----------------------------------------------------------------------
 
 _TILES = ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8))  # (block_n, warps)
+_MOST_REGISTERS = 255  # of a thread; saying so keeps ptxas from spilling a few to fit more blocks
 _PRODUCT = 0.75  # share of the peak that a library's product reaches
 
 
@@ -190,7 +191,7 @@ def _expand(
         *_int_group.three(planes), scale, scale if zero is None else zero, weight,
         n, rows, weight.shape[1],
         BITS=bits, GROUP=group, ZERO=zero is not None and not offset, OFFSET=offset,
-        PTX=not interpreted(), BLOCK_N=block_n, num_warps=warps,
+        PTX=not interpreted(), BLOCK_N=block_n, num_warps=warps, maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
     return weight[:, :k]
 
@@ -244,7 +245,10 @@ def compile(problem: Problem, config: Config, cc: tuple[int, int]) -> tuple[Comp
         "PTX": True,
         "BLOCK_N": choice["block_n"],
     }
-    return (compile_variant(Variant(expand, types, constants, divisible, choice["warps"], 3), cc),)
+    variant = Variant(
+        expand, types, constants, divisible, choice["warps"], 3, max_registers=_MOST_REGISTERS
+    )
+    return (compile_variant(variant, cc),)
 
 
 KERNEL = Kernel(

@@ -24,7 +24,7 @@ import torch
 from .autotune import METHOD, Settings, autotune
 from .autotune_report import Progress, Report
 from .dispatch import kernels
-from .errors import RecipeError, TuningError
+from .errors import RecipeError, TableError, TuningError
 from .kernel import AnyProblem, Device
 from .machine import load_device
 from .model_shapes import (
@@ -113,11 +113,23 @@ def _check(request: Request) -> None:
         raise RecipeError("--formats goes with --shapes; a checkpoint has its own formats")
     if request.gpu is not None and not request.dry_run:
         raise RecipeError(f"--gpu {request.gpu} needs --dry-run: only the GPU at hand can be timed")
+    if request.out is not None:
+        _check_folder(Path(request.out))
     if not request.dry_run and not torch.cuda.is_available():
         raise TuningError(
             "timing needs a CUDA GPU and torch sees none; `--dry-run --gpu h200` does everything "
             "else without one"
         )
+
+
+def _check_folder(path: Path) -> None:
+    """TableError if the table's folder is not there and cannot be made, before anything is compiled."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TableError(
+            f"-o {path}: its folder cannot be made ({error.strerror}); give one that can be written"
+        ) from error
 
 
 def _described(gpu: str | None) -> Device:
@@ -143,6 +155,10 @@ def _families(request: Request, shapes: ModelShapes | None, device: Device) -> S
     names: tuple[str, ...] = DEFAULT_FORMATS
     if request.formats is not None:
         names = tuple(filter(None, (name.strip() for name in request.formats.split(","))))
+        if not names:
+            raise RecipeError(
+                f"--formats names no recipe, got {request.formats!r}; w4a16,w8a8, say"
+            )
     families: list[AnyProblem] = [*linear_problems(shapes, layers_of(names), device)]
     if request.dry_run:
         policies = (load_recipe(name).kv for name in names)

@@ -35,6 +35,7 @@ from .packed import PackedTensor
 from .policy import NO_RULES, Policy, Rule, current_policy
 from .registry import discover
 from .tuned import NO_TABLES, Tables, current_tables
+from .tuned_table import Row
 
 # Package, attribute of its modules, and the entry-point group that is listed with it.
 _SOURCES = (
@@ -194,20 +195,30 @@ def explain(
     for name, rule in rules.items():
         refused[name] = (*refused.get(name, ()), _left_out(rule))
     open_times = _times(tuple(known.values()), problem, tables)
+    refused |= _without_candidate(known, problem, tables, set(refused), open_times)
     times = {candidate: t for candidate, t in open_times.items() if candidate.kernel not in refused}
     eligible = _ranked(times, known)
     if problem.device == "cpu" and problem.op == "linear":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
     rule = policy.forced(problem)
+    if rule is not None and rule.op is None and rule.kernel in set(kernels()) - set(known):
+        rule = None  # a bare name speaks of its own op only
+    row = tables.row(problem, known)
     if rule is not None:
         chosen, rung, origin = _forced(rule, problem, times, refused), None, rule.origin
+        chosen = _settled(chosen, row, known, problem, tables, policy)
     elif not times:
         reasons = "\n".join(_refusal_lines(refused))
         raise NoKernelError(f"no kernel is left for {problem}:\n{reasons}")
     else:
-        rung, origin = _planned(known, problem, tables, policy, frozenset(refused))
+        if policy.one_for_all_sizes or policy.speaks_of(problem):
+            row = None
+        rung, origin = _planned(known, problem, tables, policy, frozenset(refused), row)
         chosen = rung.candidate
-    seconds = dict(eligible)[chosen.kernel]
+    seconds = times.get(chosen, dict(eligible).get(chosen.kernel, math.inf))
+    if origin == _TABLE and row is not None:
+        seconds = row.entry(problem.size).us * 1e-6
+        eligible = tuple((n, seconds if n == chosen.kernel else t) for n, t in eligible)
     return Explanation(
         problem=problem,
         chosen=chosen.kernel,
@@ -277,6 +288,50 @@ def _forced(
     )
 
 
+def _settled(
+    chosen: Candidate,
+    row: Row | None,
+    known: Mapping[str, Kernel],
+    problem: AnyProblem,
+    tables: Tables,
+    policy: Policy,
+) -> Candidate:
+    """The config of a forced kernel: what was measured of it, or one for all sizes if that is asked."""
+    if policy.one_for_all_sizes:
+        alone = Policy((), True)
+        smallest = problem.at(problem.buckets[0])
+        ladder = _ladder((known[chosen.kernel],), smallest, tables, alone, frozenset())
+        return ladder[0].candidate
+    entry = None if row is None else row.entry(problem.size)
+    if entry is not None and entry.kernel == chosen.kernel and entry.measured:
+        return Candidate(entry.kernel, entry.config)
+    return chosen
+
+
+def _without_candidate(
+    known: Mapping[str, Kernel],
+    problem: AnyProblem,
+    tables: Tables,
+    refused: set[str],
+    times: Mapping[Candidate, float],
+) -> dict[str, tuple[Reason, ...]]:
+    """Reasons against kernels that take the problem, but none of whose configs is left."""
+    left = {candidate.kernel for candidate in times} | refused
+    found: dict[str, tuple[Reason, ...]] = {}
+    for name, kernel in known.items():
+        if name in left:
+            continue
+        failed = any(
+            tables.quarantined(problem, kernel, config)
+            for config in ((), *(kernel.configs(problem) if kernel.configs else ()))
+        )
+        code, text = ("QUARANTINED", "its configs failed when they were tuned here, got none left")
+        if not failed:
+            code, text = ("SMEM", "needs a config that fits this machine, got none")
+        found[name] = (Reason(code, text, "tune again with a newer version, or use another"),)
+    return found
+
+
 # ---- times and plans ------------------------------------------------------------------------
 
 
@@ -308,9 +363,10 @@ def _planned(
     tables: Tables,
     policy: Policy,
     refused: frozenset[str],
+    row: Row | None,
 ) -> tuple[Rung, str]:
-    """The rung that holds the problem's size, and where its times come from."""
-    row = None if policy.layers or policy.one_for_all_sizes else tables.row(problem, known)
+    """The rung that holds the problem's size, and where its times come from. row: of a table, if it
+    may decide."""
     if row is not None:
         entry = row.entry(problem.size)
         if entry.kernel not in refused:

@@ -9,7 +9,8 @@ as it loses less than 3 % to the best at each of them, which estimates cannot te
 
 That gives the fewest ranges possible. Everything is decided by the inputs: two processes agree.
 
-With `one_for_all` there is one rung, whose candidate loses least where it loses most.
+With `one_for_all` there is one rung, whose candidate loses least where it loses most; NoKernelError if
+none takes every size.
 Deliberately not here: where the times come from.
 """
 
@@ -17,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .errors import NoKernelError
 from .kernel import Config
 
 TIE = 1.03  # times nearer than this are equal
@@ -93,6 +95,11 @@ def _least_regret(times: Mapping[int, Times]) -> Candidate:
     """Of the candidates at every size, the one whose worst ratio to the best of a size is least."""
     best = {size: min(found.values()) for size, found in times.items()}
     everywhere = set.intersection(*(set(found) for found in times.values()))
+    if not everywhere:
+        raise NoKernelError(
+            "FEWBIT_DETERMINISTIC=1: no kernel and config that rules leave takes every size; unset it, "
+            "or change the rules"
+        )
 
     def regret(candidate: Candidate) -> tuple[float, Candidate]:
         return max(times[size][candidate] / best[size] for size in times), candidate

@@ -15,8 +15,9 @@ Rules come in layers. The first layer that has a matching one decides, within a 
     3  FEWBIT_KERNEL
     4  the file FEWBIT_KERNEL_FILE, else $XDG_CONFIG_HOME/fewbit/kernels.txt: a rule a line, # comments
 
-FEWBIT_DETERMINISTIC=1 asks for one kernel and config for all sizes of a problem, so that a token's
-result does not depend on how many others are computed with it.
+FEWBIT_DETERMINISTIC=1 asks for one kernel and config for all sizes of a problem. With integer kernels
+and Triton's products a token's result then does not depend on how many others are computed with it; a
+library's product of floating numbers (`dense_cached`, `triton_expand`) may still round differently.
 
 `environment` is the one place that reads the variables and the file. Whether a name exists is not known
 here: the dispatcher says so, with the nearest one. What an operator measured is in `tuned.py`.
@@ -123,20 +124,33 @@ class Policy:
     one_for_all_sizes: bool = False
 
     def forced(self, problem: AnyProblem) -> Rule | None:
-        """The rule that names the kernel of `problem`; None leaves the choice open."""
-        for rules in self.layers:
-            for rule in rules:
-                if not rule.leaves_out and rule.matches(problem):
-                    return rule
+        """The rule that names the kernel of `problem`; None leaves the choice open. A rule whose kernel
+        an earlier one leaves out does not count."""
+        before: list[Rule] = []
+        for rule in self._about(problem):
+            if rule.leaves_out:
+                before.append(rule)
+            elif not any(fnmatchcase(rule.kernel, out.kernel) for out in before):
+                return rule
         return None
 
     def left_out(self, problem: AnyProblem, kernel: str) -> Rule | None:
-        """The rule that leaves `kernel` out; None if there is none."""
-        for rules in self.layers:
-            for rule in rules:
-                if rule.leaves_out and rule.matches(problem) and fnmatchcase(kernel, rule.kernel):
-                    return rule
+        """The rule that leaves `kernel` out; None if there is none, or an earlier one forces it."""
+        for rule in self._about(problem):
+            if rule.leaves_out and fnmatchcase(kernel, rule.kernel):
+                return rule
+            if not rule.leaves_out and rule.kernel == kernel:
+                return None
         return None
+
+    def speaks_of(self, problem: AnyProblem) -> bool:
+        """Is any rule about this problem?"""
+        return next(self._about(problem), None) is not None
+
+    def _about(self, problem: AnyProblem) -> Iterator[Rule]:
+        """Rules that match, the strongest first."""
+        for rules in self.layers:
+            yield from (rule for rule in rules if rule.matches(problem))
 
     def on_top(self, rules: Rules) -> "Policy":
         """This policy under a stronger layer."""

@@ -136,8 +136,8 @@ class Tables:
             return False
         for entry in row.ladder:
             kernel = known.get(entry.kernel)
-            shaped = kernel is None or (kernel.configs is None) == (entry.config == ())
             at = problem.at(entry.size)
+            shaped = kernel is None or _offers(kernel, at, entry.config)
             failed = kernel is not None and self.quarantined(problem, kernel, entry.config)
             if not shaped or failed or self._freshness(row, entry, at, known) == "stale":
                 _warn_stale(layered, row, entry)
@@ -198,6 +198,13 @@ def current_tables() -> Tables:
         return NO_TABLES
     layers = load_layers(settings)
     return Tables(layers, this_toolchain()) if layers else NO_TABLES
+
+
+def _offers(kernel: Kernel, problem: AnyProblem, config: Config) -> bool:
+    """Does the kernel take the problem, with this config?"""
+    if any(reason.code != "MEMORY" for reason in kernel.refuse(problem)):
+        return False
+    return config == () if kernel.configs is None else config in kernel.configs(problem)
 
 
 @cache

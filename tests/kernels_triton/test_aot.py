@@ -8,6 +8,7 @@ compiles for the GPU that would run it, which covers capabilities 8.0, 8.9, 9.0,
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ from fewbit.kernels_triton import _triton
 from fewbit.quant.compile_pool import CompileFailure, Job, compile_all
 from fewbit.quant.dispatch import explain, kernels
 from fewbit.quant.kernel import AnyProblem, AttentionProblem
-from fewbit.quant.kernel_report import attention_for, problem_for, recipe_layers, rows_for
+from fewbit.quant.kernel_report import (
+    attention_for,
+    parse_layer,
+    problem_for,
+    recipe_layers,
+    rows_for,
+)
 from fewbit.quant.machine import device_names, load_device
 
 pytestmark = pytest.mark.skipif(not _triton.AVAILABLE, reason="Triton is not installed")
@@ -43,10 +50,24 @@ def problems() -> Iterator[AnyProblem]:
                 yield rows_for(op, shape, torch.bfloat16, gpu)
 
 
+def odd_problems() -> Iterator[AnyProblem]:
+    """Short groups in fp16, and attention of several queries under a mask, on one GPU."""
+    h200 = load_device("h200")
+    for layer in (
+        parse_layer("int_group:group=16", "none"),
+        parse_layer("int_group:bits=3,group=32", "none"),
+    ):
+        first = problem_for(layer, (1, 4096, 4096), torch.float16, h200)
+        yield from (first.at(size) for size in first.buckets)
+    attention = attention_for("int4_head", (2, 8, 8, 4, 64, 64), torch.float16, h200)
+    masked = replace(attention, extras=("mask", "softcap"))
+    yield from (masked.at(size) for size in (64, 4096, 65536))
+
+
 def shipped() -> list[Job]:
     """The distinct choices."""
     found: dict[Job, None] = {}
-    for problem in problems():
+    for problem in (*problems(), *odd_problems()):
         chosen = explain(problem)
         kernel = kernels()[chosen.chosen]
         if kernel.compile is not None:

@@ -22,7 +22,7 @@ from fewbit.quant.policy import Policy, parse_rules, use_kernels
 from fewbit.quant.runner import Runner
 from fewbit.quant.tuned import Tables
 from fewbit.quant.tuned_file import Layered
-from fewbit.quant.tuned_table import Entry, Row, Table, fingerprint
+from fewbit.quant.tuned_table import Entry, Quarantined, Row, Table, fingerprint
 
 BF16 = torch.bfloat16
 W4 = Problem("int_group", IntGroupOptions(), 1, 1, 4096, 4096, BF16, "cpu")
@@ -325,8 +325,7 @@ def test_rules_force_and_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "left out by test: !=fast" in found.text()
     with pytest.raises(NoKernelError, match=r"no kernel is left for linear[\s\S]*reference: DISAB"):
         chosen("!=*")
-    with pytest.raises(NoKernelError, match="fast: DISABLED left out by test"):
-        chosen("fast; !=fast")
+    assert chosen("fast; !=fast") == "fast" and chosen("!=fast; fast") == "slow"
     with pytest.raises(NoKernelError, match=r"test: 'fats' names no kernel .did you mean 'fast'"):
         chosen("linear:w8a8=fats")
 
@@ -408,3 +407,67 @@ def test_two_processes_agree() -> None:
         for seed in ("1", "2")
     }  # fmt: skip
     assert len(outputs) == 1 and len(outputs.pop()) > 1000
+
+
+def test_stronger_layers_defeat_weaker_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, fake("fast", 1e-9), fake("slow", 2e-9))
+    forced, without = parse_rules("linear=fast", "strong"), parse_rules("!=fast", "weak")
+    assert explain(W4, policy=Policy((forced, without))).chosen == "fast"
+    assert explain(W4, policy=Policy((without, forced))).chosen == "slow"
+
+
+def test_a_bare_name_speaks_of_its_own_op_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(fake("other", 1e-9), op="attend")
+    only(monkeypatch, fake("fast", 1e-9), other)
+    assert explain(W4, policy=Policy((parse_rules("other", "t"),))).chosen == "fast"
+    with pytest.raises(NoKernelError, match=r"other cannot run .* it is for another op"):
+        explain(W4, policy=Policy((parse_rules("linear=other", "t"),)))
+
+
+def test_a_rule_about_other_problems_leaves_a_tuned_row_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only(monkeypatch, open_kernel(), fake("other", 1e-9))
+    unrelated = Policy((parse_rules("attend=open", "t"),))
+    found = explain(on_h200(m_bucket=64), tables=table(), policy=unrelated)
+    assert (found.origin, found.config) == ("table", SMALL)
+    assert dict(found.eligible)["open"] == pytest.approx(5e-6)
+    forced = Policy((parse_rules("linear=open", "t"),))
+    assert explain(on_h200(m_bucket=64), tables=table(), policy=forced).config == SMALL
+
+
+def test_quarantined_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, open_kernel(), fake("other", 1e-9))
+    of = fingerprint(load_device("h200"))
+    assert of is not None
+    tables = Tables(
+        [Layered("user", "q", Table(of, (), (Quarantined("open", (), "s1", "DEATH"),)))]
+    )
+    found = explain(on_h200(), tables=tables)
+    assert [reason.code for reason in found.refused["open"]] == ["QUARANTINED"]
+    with pytest.raises(NoKernelError, match="open: QUARANTINED"):
+        explain(on_h200(), tables=tables, policy=Policy((parse_rules("open", "t"),)))
+
+
+def test_a_row_with_a_config_that_is_not_offered_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, replace(open_kernel(), configs=lambda problem: (LARGE,)))
+    found = explain(on_h200(), tables=table())
+    assert found.origin != "table" and found.config == LARGE
+
+
+def test_one_choice_for_all_sizes_that_nothing_allows_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no = (Reason("SHAPE_M", "no, got", "no"),)
+    small = replace(fake("small", 1e-9), refuse=lambda p: () if p.m_bucket < 64 else no)
+    large = replace(fake("large", 1e-9), refuse=lambda p: no if p.m_bucket < 64 else ())
+    only(monkeypatch, small, large)
+    policy = Policy((parse_rules("!=reference", "t"),), True)
+    with pytest.raises(NoKernelError, match="no kernel and config that rules leave"):
+        explain(W4, policy=policy)
+
+
+def test_a_forced_kernel_keeps_one_config_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, open_kernel())
+    policy = Policy((parse_rules("open", "t"),), True)
+    assert len({explain(replace(W4, m_bucket=m), policy=policy).config for m in M_BUCKETS}) == 1

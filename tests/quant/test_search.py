@@ -98,7 +98,7 @@ def test_the_model_of_the_simulation_is_as_good_as_said() -> None:
         assert abs(rank_correlation(prior, true) - 0.85) < 0.02, posed
 
 
-@pytest.mark.parametrize(("cases", "least"), [(shipped, 0.95), (made_up, 0.93)])
+@pytest.mark.parametrize(("cases", "least"), [(shipped, 0.95), (made_up, 0.95)])
 def test_within_3_percent_of_the_best_while_timing_15_percent(cases, least: float) -> None:
     """With 5 % of the candidates killing the worker, 2 % hanging, 1 % wrong, noise and outliers."""
     assert len(cases()) >= 6 and all(len(found.ranked) >= 220 for _, found in cases())
