@@ -8,6 +8,7 @@ import torch
 from bench.oracle import gpu_kernels, here, run_check
 from bench.oracle_check import Place
 from bench.oracle_rows import ORACLES, lanes
+from fewbit.kernels_triton import _triton
 from fewbit.quant.machine import load_device
 
 PLACE = here() or Place("cpu", load_device("h100"), reduced=True)
@@ -20,6 +21,7 @@ def checks(kernel, place=FEW):
     return [check for check in found if check is not None]
 
 
+@pytest.mark.skipif(not _triton.AVAILABLE, reason="Triton is not installed")
 @pytest.mark.parametrize("kernel", OURS, ids=lambda kernel: kernel.name)
 def test_ours_pass(kernel):
     found = checks(kernel)

@@ -203,6 +203,7 @@ def test_compilers_see_shapes_without_running() -> None:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@needs_triton
 def test_problems_tell_what_is_asked() -> None:
     options = RmsNormOptions(residual=True)
     problem = RowsProblem("rmsnorm_quantize", options, 8, 64, torch.float16, "cuda")
