@@ -44,8 +44,7 @@ _SOURCES = (
     ("fewbit.kernels_cuda", "KERNEL", "fewbit.kernels"),
     ("fewbit.kernels_cuda", "KERNELS", ""),
 )
-# Names of what decided, in the words of an explanation.
-_MODEL, _NEAR, _TABLE = "model", "near", "table"
+_MODEL, _NEAR, _TABLE = "model", "near", "table"  # what decided
 
 
 @cache
@@ -318,9 +317,7 @@ def _without_candidate(
     """Reasons against kernels that take the problem, but none of whose configs is left."""
     left = {candidate.kernel for candidate in times} | refused
     found: dict[str, tuple[Reason, ...]] = {}
-    for name, kernel in known.items():
-        if name in left:
-            continue
+    for name, kernel in ((name, known[name]) for name in known if name not in left):
         failed = any(
             tables.quarantined(problem, kernel, config)
             for config in ((), *(kernel.configs(problem) if kernel.configs else ()))
