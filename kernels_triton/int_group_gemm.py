@@ -399,5 +399,6 @@ KERNEL = Kernel(
     priority=2,
     configs=configs,
     compile=compile,
+    m_invariant=True,
     source=source_hash(_int_group, _planes, _split_k, sys.modules[__name__]),
 )

@@ -285,5 +285,6 @@ KERNEL = Kernel(
     priority=1,
     configs=configs,
     compile=compile,
+    m_invariant=True,
     source=source_hash(_int_group, _planes, _split_k, sys.modules[__name__]),
 )

@@ -21,15 +21,16 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
 from . import cpu, cpu_int8, kv_softmax, kv_write, reference
+from .candidates import ladder_of, ranked, times_of
 from .errors import NoKernelError, nearest_name
 from .kernel import M_BUCKETS, AnyProblem, Kernel, Problem, Reason, bucket_of
-from .ladder import TIE, Candidate, Rung, build_ladder, rung_of
+from .ladder import Candidate, Rung, rung_of
 from .machine import Limit, limit_of, this_device
 from .packed import PackedTensor
 from .policy import NO_RULES, Policy, Rule, current_policy
@@ -193,10 +194,10 @@ def explain(
     rules = {name: rule for name in known if (rule := policy.left_out(problem, name))}
     for name, rule in rules.items():
         refused[name] = (*refused.get(name, ()), _left_out(rule))
-    open_times = _times(tuple(known.values()), problem, tables)
+    open_times = times_of(tuple(known.values()), problem, tables)
     refused |= _without_candidate(known, problem, tables, set(refused), open_times)
     times = {candidate: t for candidate, t in open_times.items() if candidate.kernel not in refused}
-    eligible = _ranked(times, known)
+    eligible = ranked(times, known)
     if problem.device == "cpu" and problem.op == "linear":
         refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
     rule = policy.forced(problem)
@@ -299,7 +300,7 @@ def _settled(
     if policy.one_for_all_sizes:
         alone = Policy((), True)
         smallest = problem.at(problem.buckets[0])
-        ladder = _ladder((known[chosen.kernel],), smallest, tables, alone, frozenset())
+        ladder = ladder_of((known[chosen.kernel],), smallest, tables, alone, frozenset())
         return ladder[0].candidate
     entry = None if row is None else row.entry(problem.size)
     if entry is not None and entry.kernel == chosen.kernel and entry.measured:
@@ -329,29 +330,7 @@ def _without_candidate(
     return found
 
 
-# ---- times and plans ------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _times(
-    known: tuple[Kernel, ...], problem: AnyProblem, tables: Tables
-) -> Mapping[Candidate, float]:
-    """Estimated seconds of every candidate that the problem does not refuse for good; corrected by
-    what tables say of near shapes."""
-    near = tables.near(problem, {kernel.name: kernel for kernel in known})
-    found: dict[Candidate, float] = {}
-    for kernel in known:
-        if any(reason.code != "MEMORY" for reason in kernel.refuse(problem)):
-            continue
-        factor = near.get(kernel.name, 1.0)
-        if kernel.configs is None:
-            found[Candidate(kernel.name)] = factor * kernel.seconds(problem)
-            continue
-        for config in kernel.configs(problem):
-            seconds = factor * kernel.seconds(problem, config)
-            if seconds < math.inf and not tables.quarantined(problem, kernel, config):
-                found[Candidate(kernel.name, config)] = seconds
-    return found
+# ---- plans ----------------------------------------------------------------------------------
 
 
 def _planned(
@@ -375,49 +354,9 @@ def _planned(
         if any(reason.code == "MEMORY" for reason in known[name].refuse(problem))
     )
     smallest = problem.at(problem.buckets[0])
-    ladder = _ladder(tuple(known.values()), smallest, tables, policy, blocked)
+    ladder = ladder_of(tuple(known.values()), smallest, tables, policy, blocked)
     near = tables.near(problem, known)
     return rung_of(ladder, problem.size), _NEAR if near else _MODEL
-
-
-@lru_cache(maxsize=4096)
-def _ladder(
-    known: tuple[Kernel, ...],
-    smallest: AnyProblem,
-    tables: Tables,
-    policy: Policy,
-    blocked: frozenset[str],
-) -> tuple[Rung, ...]:
-    """The plan of a family, without the kernels that have no memory at the moment."""
-    times = {}
-    for size in smallest.buckets:
-        problem = smallest.at(size)
-        found = {
-            candidate: seconds
-            for candidate, seconds in _times(known, problem, tables).items()
-            if candidate.kernel not in blocked and not policy.left_out(problem, candidate.kernel)
-        }
-        if found:
-            times[size] = found
-    priority = {kernel.name: kernel.priority for kernel in known}
-    return build_ladder(times, priority, policy.one_for_all_sizes)
-
-
-def _ranked(
-    times: Mapping[Candidate, float], known: Mapping[str, Kernel]
-) -> tuple[tuple[str, float], ...]:
-    """(name, seconds at its best config), best first: of those within 3 % of the fastest left, the
-    higher priority comes next, then the name."""
-    left: dict[str, float] = {}
-    for candidate, seconds in times.items():
-        left[candidate.kernel] = min(seconds, left.get(candidate.kernel, math.inf))
-    order = []
-    while left:
-        bound = TIE * min(left.values())
-        tied = [name for name, seconds in left.items() if seconds <= bound]
-        best = min(tied, key=lambda name: (-known[name].priority, name))
-        order.append((best, left.pop(best)))
-    return tuple(order)
 
 
 # ---- this process ---------------------------------------------------------------------------

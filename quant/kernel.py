@@ -319,6 +319,8 @@ class Kernel:
     is one of those, and `compile` can make each without a GPU.
     configs(problem) -> legal ones in a fixed order, for a problem that is not refused.
     source: hash of everything that the compiled code depends on, the compiler excepted.
+    m_invariant: with one config, a row's result has the same bits whatever other rows are there.
+        Integer products (`activation`) are so without saying it.
     """
 
     name: str
@@ -332,3 +334,4 @@ class Kernel:
     configs: Callable[[Any], tuple[Config, ...]] | None = None
     compile: Compile | None = None
     source: str = ""
+    m_invariant: bool = False

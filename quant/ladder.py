@@ -50,13 +50,17 @@ Times = Mapping[Candidate, float]
 
 
 def build_ladder(
-    times: Mapping[int, Times], priority: Mapping[str, int], one_for_all: bool = False
+    times: Mapping[int, Times],
+    priority: Mapping[str, int],
+    one_for_all: bool = False,
+    invariant: frozenset[str] = frozenset(),
 ) -> tuple[Rung, ...]:
     """Rungs for candidates' seconds at each size, which come in rising order; every size must have
-    a candidate. priority: of each kernel by name, 0 if it is missing."""
+    a candidate. priority: of each kernel by name, 0 if it is missing. invariant: kernels that come
+    first where one candidate serves all sizes."""
     sizes = list(times)
     if one_for_all:
-        return (Rung(1, sizes[-1], _least_regret(times)),)
+        return (Rung(1, sizes[-1], _least_regret(times, invariant)),)
     rungs: list[Rung] = []
     start = 0
     while start < len(sizes):
@@ -91,7 +95,7 @@ def _best(
     return min(common, key=rank)
 
 
-def _least_regret(times: Mapping[int, Times]) -> Candidate:
+def _least_regret(times: Mapping[int, Times], invariant: frozenset[str]) -> Candidate:
     """Of the candidates at every size, the one whose worst ratio to the best of a size is least."""
     best = {size: min(found.values()) for size, found in times.items()}
     everywhere = set.intersection(*(set(found) for found in times.values()))
@@ -104,4 +108,4 @@ def _least_regret(times: Mapping[int, Times]) -> Candidate:
     def regret(candidate: Candidate) -> tuple[float, Candidate]:
         return max(times[size][candidate] / best[size] for size in times), candidate
 
-    return min(everywhere, key=regret)
+    return min({c for c in everywhere if c.kernel in invariant} or everywhere, key=regret)

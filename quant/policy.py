@@ -15,9 +15,9 @@ Rules come in layers. The first layer that has a matching one decides, within a 
     3  FEWBIT_KERNEL
     4  the file FEWBIT_KERNEL_FILE, else $XDG_CONFIG_HOME/fewbit/kernels.txt: a rule a line, # comments
 
-FEWBIT_DETERMINISTIC=1 asks for one kernel and config for all sizes of a problem. With integer kernels
-and Triton's products a token's result then does not depend on how many others are computed with it; a
-library's product of floating numbers (`dense_cached`, `triton_expand`) may still round differently.
+FEWBIT_DETERMINISTIC=1 asks for one kernel and config for all sizes of a problem, first among kernels
+whose results then do not depend on how many tokens are computed together (integer products; Triton's).
+Where there are none, as for floating inputs on a CPU, a library's product may still round by that.
 
 `environment` is the one place that reads the variables and the file. Whether a name exists is not known
 here: the dispatcher says so, with the nearest one. What an operator measured is in `tuned.py`.
