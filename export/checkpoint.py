@@ -49,21 +49,27 @@ class Checkpoint:
     shards: tuple[Header, ...]
     _logical: Mapping[str, LogicalTensor]
     _home: Mapping[str, Header]
+    as_stored: bool = False
 
     @classmethod
-    def open(cls, path_or_id: str | Path, revision: str | None = None) -> "Checkpoint":
+    def open(
+        cls, path_or_id: str | Path, revision: str | None = None, as_stored: bool = False
+    ) -> "Checkpoint":
         """Open a folder, or a hub id if no such path exists. CheckpointError for all that is wrong.
 
         Hub files come from the cache when HF_HUB_OFFLINE is set or the hub cannot be reached.
+        as_stored: every tensor as its file has it, whatever it means: nothing is decoded, NaN and Inf
+        are values like others, and any encoding is accepted but fewbit's own and DFloat11.
         """
         folder, commit = locate(str(path_or_id), revision)
         config_text, config = _read_config(folder)
-        block = _check_encoding(folder, config)
+        _refuse_coded(folder, config)
+        block = DEFAULT_BLOCK if as_stored else _check_encoding(folder, config)
         files = find_weights(folder)
         shards = tuple(read_header(path) for path in files.paths)
         home = _homes(folder, shards)
         _check_weight_map(folder, files.weight_map, home)
-        logical = _pair(folder, home, block)
+        logical = _as_stored(home) if as_stored else _pair(folder, home, block)
         return cls(
             name=str(path_or_id),
             folder=folder,
@@ -71,11 +77,12 @@ class Checkpoint:
             revision=commit,
             fingerprint=_fingerprint(folder, config_text, files, shards),
             tensors={name: tensor.info for name, tensor in logical.items()},
-            extra_files=tuple(path for path in list_files(folder) if is_extra(path)),
+            extra_files=tuple(p for p in list_files(folder) if is_extra(p, as_stored)),
             unindexed_files=files.unindexed,
             shards=shards,
             _logical=logical,
             _home=home,
+            as_stored=as_stored,
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -92,7 +99,8 @@ class Checkpoint:
         n_rows = tensor.info.shape[0] if tensor.info.shape else 1
         start, stop = row_range(name, n_rows, start, stop)
         value = decode_rows(tensor, self._fetch, start, stop)
-        _check_finite(self._home[tensor.weight].path, name, value, start)
+        if not self.as_stored:
+            _check_finite(self._home[tensor.weight].path, name, value, start)
         return value
 
     def _fetch(self, stored: str, start: int, stop: int) -> torch.Tensor:
@@ -154,6 +162,28 @@ def _check_encoding(folder: Path, config: Mapping[str, Any]) -> tuple[int, int]:
         if os.path.lexists(folder / name):
             _refuse_method(folder, name)
     return DEFAULT_BLOCK
+
+
+def _refuse_coded(folder: Path, config: Mapping[str, Any]) -> None:
+    """What must be brought back to tensors first, whoever reads it."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict) and found.get("quant_method") == "fewbit":
+        _refuse_method(folder, "fewbit")
+    if "dfloat11_config" in config:
+        raise CheckpointError(
+            f"{folder} is coded by DFloat11; get the tensors back first: "
+            f"fewbit export {folder} -o DENSE --to dense"
+        )
+
+
+def _as_stored(home: Mapping[str, Header]) -> dict[str, LogicalTensor]:
+    """Every stored tensor by itself."""
+    found = {}
+    for name, header in home.items():
+        entry = header.entries[name]
+        info = TensorInfo(name, entry.shape, entry.dtype, entry.end - entry.begin, "plain")
+        found[name] = LogicalTensor(info, name)
+    return found
 
 
 def _refuse_method(folder: Path, method: object) -> NoReturn:

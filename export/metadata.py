@@ -15,6 +15,9 @@ and, under `tensors`, only what differs from it, by source module name or `re:` 
     activation  format that inputs are rounded to; without it they stay as they are
     input       transforms of inputs at run time, in order: {"op": "hadamard", "order": .., "seed": ..}
     kv          how keys and values are cached; without it, as the model computes them
+    coded       {codec: version}: tensors may be stored coded, each says how (`coded_files.py`)
+    resident    how coded tensors are held once the model is loaded; without it, decoded
+    source_quantization   of another maker, whose stored tensors are held here coded
 
 *Which* modules are quantized is not listed: those whose parts are in the files. More than 1,000
 exceptions move to the manifest; `exceptions_in_manifest` then says how many, so that a lost manifest
@@ -40,9 +43,11 @@ from ..quant.errors import CheckpointError, FewbitError, RecipeError
 from ..quant.format import find_format, parse_options
 from ..quant.hadamard import Hadamard
 from ..quant.kv_policy import KVPolicy, parse_kv
+from ..quant.recipe import check_resident
 
 VERSION = 1
 MANIFEST = "fewbit.json"
+CODECS = {"rans32": 1}
 MAX_INLINE_EXCEPTIONS = 1000
 _CHECKSUM_KEY = b',\n"crc32c": "'
 
@@ -77,11 +82,17 @@ class ModuleSpec:
 
 
 def build_quantization_config(
-    recipe: str, modules: Mapping[str, ModuleSpec], kv: Mapping[str, Any] | None = None
+    recipe: str,
+    modules: Mapping[str, ModuleSpec],
+    kv: Mapping[str, Any] | None = None,
+    coded: bool = False,
+    resident: str = "decoded",
+    source: Any = None,
 ) -> dict[str, Any]:
     """The smallest config that resolves to `modules` (source module name -> spec).
 
-    kv: the cache policy in its JSON form.
+    kv: the cache policy in its JSON form. coded, resident: of tensors that may be entropy-coded.
+    source: the source's own quantization_config, if its tensors are stored as they were.
     """
     entries = {name: spec.to_json() for name, spec in modules.items()}
     terms = _most_common(entry["terms"] for entry in entries.values()) or []
@@ -101,7 +112,10 @@ def build_quantization_config(
         "default": default,
         "tensors": _fold_layers(exceptions, list(entries)),
     }
-    return config | ({"kv": dict(kv)} if kv else {})
+    config |= {"kv": dict(kv)} if kv else {}
+    config |= {"coded": dict(CODECS)} if coded else {}
+    config |= {"resident": resident} if resident != "decoded" else {}
+    return config | ({"source_quantization": source} if source else {})
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -140,6 +154,8 @@ class QuantizationConfig:
     exact: Mapping[str, ModuleSpec]
     patterns: tuple[tuple[re.Pattern[str], ModuleSpec], ...]
     kv: KVPolicy | None = None
+    resident: str = "decoded"
+    source_method: str | None = None
 
     def spec_for(self, module: str) -> ModuleSpec:
         """The spec of a quantized source module."""
@@ -153,6 +169,7 @@ class QuantizationConfig:
 
 _CONFIG_KEYS = {
     "quant_method", "version", "recipe", "default", "tensors", "exceptions_in_manifest", "kv",
+    "coded", "resident", "source_quantization",
 }  # fmt: skip
 
 
@@ -191,8 +208,43 @@ def parse_quantization_config(
             patterns.append((_compiled(where, name[3:]), spec))
         else:
             exact[name] = spec
-    kv = _kv(where, config.get("kv"))
-    return QuantizationConfig(str(config.get("recipe")), default, exact, tuple(patterns), kv)
+    _check_codecs(where, config.get("coded", {}))
+    return QuantizationConfig(
+        str(config.get("recipe")),
+        default,
+        exact,
+        tuple(patterns),
+        _kv(where, config.get("kv")),
+        _resident(where, config.get("resident", "decoded")),
+        _method(config.get("source_quantization")),
+    )
+
+
+def _check_codecs(where: str, codecs: Any) -> None:
+    if not isinstance(codecs, dict):
+        raise CheckpointError(f"{where}: coded must be an object, got {codecs!r:.80}")
+    for name, version in codecs.items():
+        known = CODECS.get(name)
+        if known is None or type(version) is not int or not 1 <= version <= known:
+            raise CheckpointError(
+                f"{where}: tensors are coded by {name!r} of version {version!r:.40}, this fewbit "
+                f"knows {CODECS}; upgrade with: pip install -U fewbit"
+            )
+
+
+def _resident(where: str, value: Any) -> str:
+    try:
+        check_resident(value)
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {error}; a newer fewbit may know it") from error
+    return str(value)
+
+
+def _method(config: Any) -> str | None:
+    """What a foreign quantization_config calls itself."""
+    if config is None:
+        return None
+    return str(config.get("quant_method")) if isinstance(config, dict) else str(config)
 
 
 def _kv(where: str, tree: Any) -> KVPolicy | None:

@@ -5,10 +5,12 @@ are therefore never byte-identical between runs; nothing reads them back.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .coded_files import split_name
 from .journal import write_atomic
 from .report_facts import KeptTensor, Provenance, Report, TensorReport, tensor_class
 from .report_page import render_page
@@ -47,23 +49,36 @@ def build_report(job: Any, writer: Any, facts: Mapping[str, Any]) -> Report:
         versions=dict(facts["environment"]),
         command=str(facts.get("command", "")),
     )
-    kept = tuple(
-        KeptTensor(
-            name=tensor.key,
-            n_bytes=sum(spec.n_bytes for spec in tensor.specs().values()),
-            reason=tensor.reason,
-        )
-        for tensor in job.plan.values()
-        if tensor.rule is None
-    )
     return Report(
         provenance,
         tuple(TensorReport.from_row(row) for unit in writer.rows for row in unit),
-        kept,
+        _kept_tensors(job, writer),
         float(facts["wall_seconds"]),
         int(facts["peak_resident_bytes"]),
         job.recipe.allow_fallback,
     )
+
+
+def _kept_tensors(job: Any, writer: Any) -> tuple[KeptTensor, ...]:
+    sizes: dict[str, int] = {}
+    coded = set()
+    for _, item in writer.stored():
+        split = split_name(item.name)
+        name = split[0] if split else item.name
+        sizes[name] = sizes.get(name, 0) + item.end - item.begin
+        coded |= {name} if split else set()
+    return tuple(
+        KeptTensor(
+            tensor.key,
+            sizes[tensor.key],
+            "coded without loss" if tensor.key in coded and not job.recipe.quantizes else
+            tensor.reason,
+            math.prod(tensor.source_shape),
+            tensor.key in coded,
+        )
+        for tensor in job.plan.values()
+        if tensor.rule is None
+    )  # fmt: skip
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -76,9 +91,17 @@ def write_report(folder: Path, report: Report) -> None:
 def summary_text(report: Report) -> str:
     """Lines for a terminal: totals, bytes by class, worst layers, fallbacks, starved experts."""
     total = report.quantized_bytes + report.kept_bytes
+    coded = sum(row.coded for row in report.kept)
+    done = f"{len(report.tensors)} weights quantized at {report.bits_per_weight:.3f} bits"
+    rest = len(report.kept)
+    if coded and not report.tensors:
+        rest -= coded
+        done = (
+            f"{coded} tensors coded without loss, {report.bits_per_weight:.3f} bits a weight in all"
+        )
     lines = [
-        f"{len(report.tensors)} weights quantized at {report.bits_per_weight:.3f} bits, "
-        f"{len(report.kept)} tensors kept; {total:,} bytes, {report.wall_seconds:.1f} s, "
+        f"{done}, {rest} tensors kept; "
+        f"{total:,} bytes, {report.wall_seconds:.1f} s, "
         f"peak memory {report.peak_resident_bytes / 1e6:,.0f} MB",
         f"{'':12s}{'quantized':>16s}{'unquantized':>16s}  bytes",
     ]

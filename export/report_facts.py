@@ -91,11 +91,13 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class KeptTensor:
-    """A tensor that was stored as the source has it, and why."""
+    """A tensor whose values are those of the source, and why. coded: stored entropy-coded."""
 
     name: str
     n_bytes: int
     reason: str
+    n_elements: int = 0
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,13 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the quantized tensors; 0 if there are none."""
-        return 8 * self.quantized_bytes / self.n_weights if self.tensors else 0.0
+        """Of the quantized tensors. If there are none, of all that is stored, where some of it is
+        coded; else 0."""
+        if self.tensors:
+            return 8 * self.quantized_bytes / self.n_weights
+        if not any(row.coded for row in self.kept):
+            return 0.0
+        return 8 * self.kept_bytes / sum(row.n_elements for row in self.kept)
 
     @property
     def bytes_by_class(self) -> dict[str, dict[str, int]]:

@@ -25,7 +25,7 @@ from ..quant.errors import CheckpointError
 from .safetensors_file import brief
 
 MAX_TEXT = 100_000_000  # bytes of a JSON file, and of a file worth copying
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -33,10 +33,8 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 _COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".md"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "README", "USE_POLICY")
 # Facts on the source's own encoding, and names that fewbit writes itself.
-_NOT_COPIED = {
-    *("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json"),
-    *("fewbit.json", "report.json"),
-}
+_ENCODING = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
+_WRITTEN = {"config.json", "fewbit.json", "report.json"}
 # Subfolders of a repository, and `consolidated*`, hold the same weights in other layouts.
 _HUB_ALLOWED = [
     "*.safetensors",
@@ -112,9 +110,14 @@ def list_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} cannot be listed: {error}; check its rights") from error
 
 
-def is_extra(path: Path) -> bool:
-    """Whether a file of the source belongs beside the result: tokenizer, template, licence, ..."""
-    if path.name in _NOT_COPIED or path.name.endswith(".index.json") or path.name.startswith("."):
+def is_extra(path: Path, encoding: bool = False) -> bool:
+    """Whether a file of the source belongs beside the result: tokenizer, template, licence, ...
+
+    encoding: so do files that say how its weights are encoded.
+    """
+    if path.name in _WRITTEN or (path.name in _ENCODING and not encoding):
+        return False
+    if path.name.endswith(".index.json") or path.name.startswith("."):
         return False
     legal = not path.suffix and path.name.upper().startswith(_COPIED_NAMES)
     return (legal or path.suffix in _COPIED_SUFFIXES) and path.stat().st_size <= MAX_TEXT
@@ -146,7 +149,7 @@ def find_weights(folder: Path) -> WeightFiles:
     is damaged, or if a file that should be there is missing."""
     files = list_files(folder)
     stored = [path for path in files if path.suffix == ".safetensors"]
-    index = _index_file(folder, [path for path in files if path.name.endswith(_INDEX_SUFFIX)])
+    index = _index_file(folder, [path for path in files if path.name.endswith(INDEX_SUFFIX)])
     if index is not None:
         text, document = read_json(index)
         weight_map = _weight_map(index, document)
@@ -168,7 +171,7 @@ def _unindexed(folder: Path, files: list[Path], stored: list[Path]) -> list[Path
 
 
 def _index_file(folder: Path, found: list[Path]) -> Path | None:
-    named = folder / f"model{_INDEX_SUFFIX}"
+    named = folder / f"model{INDEX_SUFFIX}"
     if os.path.lexists(named):
         return named
     if len(found) > 1:

@@ -9,6 +9,9 @@ size before the first one is computed. Units fill shards in order:
 
 then fsync, then rename to `model-00001-of-00002.safetensors`. A shard file is whole or absent.
 
+With `lossless`, every tensor is entropy-coded on its way (`quant/codecs/`) unless that saves too
+little; how large it becomes is known afterwards, so the plan holds bounds.
+
 Each finished unit and each closed shard is noted in the journal (`journal.py`). Resuming cuts the open
 shard back to the end of the last finished unit.
 
@@ -18,109 +21,32 @@ Nothing here decides what is quantized, and nothing here writes `config.json`: t
 
 import json
 import os
-import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import google_crc32c
 import torch
 
+from ..quant.codecs.coded import SUFFIX
+from ..quant.codecs.encoder import Encoder
 from ..quant.errors import CheckpointError
 from ..quant.format import PartSpec
+from .chunked import Chunked, bytes_of, checked, repeatable
+from .coded_files import open_coded, split_name
 from .journal import JOURNAL, Journal, named_os_errors, sync_folder
-from .safetensors_file import DTYPES
-
-SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-# A tensor on its way to a file: its name and its bytes as row chunks in order.
-Chunked = tuple[str, Iterable[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class UnitPlan:
-    """One unit: its name and its stored tensors, in writing order."""
-
-    name: str
-    tensors: Mapping[str, PartSpec]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes that the unit will store."""
-        return sum(spec.n_bytes for spec in self.tensors.values())
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a finished tensor lies: shard index, bytes relative to the data section, CRC32C."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    crc32c: str
-
-    def to_json(self) -> list[Any]:
-        """Journal form."""
-        return [self.name, self.dtype, list(self.shape), self.begin, self.end, self.crc32c]
-
-
-def crc32c(tensor: torch.Tensor) -> str:
-    """CRC32C of a tensor's bytes in row-major order, 8 hex digits."""
-    return f"{google_crc32c.value(_bytes_of(tensor)):08x}"
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    """Row-major bytes as a uint8 numpy array (zero-copy for contiguous CPU tensors)."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def plan_shards(units: Sequence[UnitPlan], max_bytes: int) -> list[list[int]]:
-    """Unit indices of each shard: as many whole units as fit in `max_bytes`, at least one."""
-    shards: list[list[int]] = [[]]
-    filled = 0
-    for index, unit in enumerate(units):
-        if shards[-1] and filled + unit.n_bytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(index)
-        filled += unit.n_bytes
-    return shards
-
-
-def shard_names(n_shards: int) -> list[str]:
-    """File names in the hub's convention."""
-    if n_shards == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors" for i in range(n_shards)]
-
-
-def _header_json(tensors: Sequence[Stored]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for item in tensors:
-        entries[item.name] = {
-            "dtype": item.dtype,
-            "shape": list(item.shape),
-            "data_offsets": [item.begin, item.end],
-        }
-    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _planned_header_bytes(units: Sequence[UnitPlan]) -> int:
-    """Length of the header, a multiple of 8, as large as the plan can make it."""
-    tensors, offset = [], 0
-    for unit in units:
-        for name, spec in unit.tensors.items():
-            end = offset + spec.n_bytes
-            tensors.append(Stored(name, _DTYPE_NAMES[spec.dtype], spec.shape, offset, end, ""))
-            offset = end
-    return -(-len(_header_json(tensors)) // 8) * 8
+from .shards import (
+    DTYPE_NAMES,
+    SHARD_NAME,
+    Stored,
+    UnitPlan,
+    header_bytes,
+    may_be_coded,
+    plan_shards,
+    planned_header_bytes,
+    shard_names,
+)
 
 
 class CheckpointWriter:
@@ -128,13 +54,20 @@ class CheckpointWriter:
 
     identity: everything that decides the bytes (recipe, source, calibration, seed, environment).
     A journal of another identity is refused by naming the first difference.
+    lossless: entropy-code what gets smaller by it.
     """
 
     def __init__(
-        self, folder: Path, units: Sequence[UnitPlan], identity: dict[str, Any], max_bytes: int
+        self,
+        folder: Path,
+        units: Sequence[UnitPlan],
+        identity: dict[str, Any],
+        max_bytes: int,
+        lossless: bool = False,
     ) -> None:
         self.folder = folder
         self.units = list(units)
+        self.lossless = lossless
         self.shards = plan_shards(self.units, max_bytes)
         self.names = shard_names(len(self.shards))
         self.finished: list[list[Stored]] = []
@@ -217,27 +150,49 @@ class CheckpointWriter:
             os.truncate(partial, end)
 
     def _data_start(self, shard: int) -> int:
-        return 8 + _planned_header_bytes([self.units[unit] for unit in self.shards[shard]])
+        return 8 + planned_header_bytes(
+            [self.units[unit] for unit in self.shards[shard]], self.lossless
+        )
 
     # -- writing --------------------------------------------------------------------------------
 
-    def write_unit(self, tensors: Iterable[Chunked], rows: list[Any]) -> None:
+    def write_unit(
+        self,
+        tensors: Iterable[Chunked],
+        rows: list[Any],
+        amend: Callable[[Sequence[Stored]], None] | None = None,
+    ) -> None:
         """Write the next unit's tensors, in plan order; `rows` (JSON) is filled by the time the
-        iteration ends and is kept in the journal. Durable on return."""
-        with named_os_errors(self.folder):
-            self._write_unit(tensors, rows)
+        iteration ends and is kept in the journal. Durable on return.
 
-    def _write_unit(self, tensors: Iterable[Chunked], rows: list[Any]) -> None:
+        amend: told what was stored, may change `rows` before they are kept."""
+        with named_os_errors(self.folder):
+            self._write_unit(tensors, rows, amend)
+
+    def _write_unit(
+        self,
+        tensors: Iterable[Chunked],
+        rows: list[Any],
+        amend: Callable[[Sequence[Stored]], None] | None,
+    ) -> None:
         index = len(self.finished)
         plan = self.units[index]
         expected = iter(plan.tensors.items())
         self._pending = []
         data = self._open_shard(self._shard_of(index))
         for name, chunks in tensors:
-            self._write_tensor(data, name, chunks, next(expected, None))
+            planned = next(expected, None)
+            if planned is None or planned[0] != name:
+                raise CheckpointError(f"{name}: written out of plan, expected {planned}")
+            if self.lossless and may_be_coded(planned[1]):
+                self._write_coded(data, name, chunks, planned[1])
+            else:
+                self._write_tensor(data, name, checked(name, chunks, planned[1]), planned[1])
         missing = next(expected, None)
         if missing is not None:
             raise CheckpointError(f"unit {plan.name}: {missing[0]} was planned but not written")
+        if amend is not None:
+            amend(self._pending)
         data.flush()
         os.fsync(data.fileno())
         self._journal.append({
@@ -248,35 +203,44 @@ class CheckpointWriter:
         self.rows.append(rows)
         self._close_full_shards()
 
+    def _write_coded(
+        self, data: IO[bytes], name: str, chunks: Iterable[torch.Tensor], spec: PartSpec
+    ) -> None:
+        """Count, then encode; write it plainly if coding would not pay."""
+        chunks = repeatable(checked(name, chunks, spec), spec, self.folder)
+        encoder = Encoder(spec.dtype, spec.shape, self.folder)
+        for chunk in chunks:
+            encoder.count(chunk)
+        if not encoder.settle():
+            self._write_tensor(data, name, chunks, spec)
+            return
+        raw = (piece for chunk in chunks for piece in encoder.encode(chunk))
+        self._append(data, f"{name}{SUFFIX}raw", "U8", None, raw)
+        for plane, pieces in encoder.planes():
+            self._append(data, f"{name}{SUFFIX}{plane}", "U8", None, pieces)
+
     def _write_tensor(
+        self, data: IO[bytes], name: str, chunks: Iterable[torch.Tensor], spec: PartSpec
+    ) -> None:
+        self._append(data, name, DTYPE_NAMES[spec.dtype], spec.shape, chunks)
+
+    def _append(
         self,
         data: IO[bytes],
         name: str,
+        dtype: str,
+        shape: tuple[int, ...] | None,
         chunks: Iterable[torch.Tensor],
-        planned: tuple[str, PartSpec] | None,
     ) -> None:
-        if planned is None or planned[0] != name:
-            raise CheckpointError(f"{name}: written out of plan, expected {planned}")
-        spec, checksum, written = planned[1], 0, 0
+        """Write the bytes of one stored tensor; without `shape`, its length is found on the way."""
+        checksum, written = 0, 0
         for chunk in chunks:
-            if chunk.dtype != spec.dtype:
-                raise CheckpointError(f"{name}: planned {spec.dtype}, computed {chunk.dtype}")
-            as_bytes = _bytes_of(chunk)
+            as_bytes = bytes_of(chunk)
             checksum = google_crc32c.extend(checksum, as_bytes)
             written += data.write(as_bytes)
-        if written != spec.n_bytes:
-            raise CheckpointError(f"{name}: planned {spec.n_bytes} bytes, computed {written}")
         begin = self._pending[-1].end if self._pending else self._end(self._closed)
-        self._pending.append(
-            Stored(
-                name,
-                _DTYPE_NAMES[spec.dtype],
-                spec.shape,
-                begin,
-                begin + written,
-                f"{checksum:08x}",
-            )
-        )
+        end, found = begin + written, (written,) if shape is None else shape
+        self._pending.append(Stored(name, dtype, found, begin, end, f"{checksum:08x}"))
 
     def _end(self, shard: int) -> int:
         """Bytes of the data section that finished units take in a shard."""
@@ -321,7 +285,7 @@ class CheckpointWriter:
         """Length field and header of a full shard."""
         tensors = [item for unit in self.shards[shard] for item in self.finished[unit]]
         space = self._data_start(shard) - 8
-        return struct.pack("<Q", space) + _header_json(tensors).ljust(space)
+        return header_bytes(tensors, space)
 
     def header_checksums(self) -> dict[str, int]:
         """CRC32C that the length field and header of each complete shard must have."""
@@ -338,8 +302,17 @@ class CheckpointWriter:
                     yield self.names[shard], item
 
     def read_back(self, unit: int, name: str) -> torch.Tensor:
-        """A finished unit's tensor, from the complete or partial shard; its checksum is compared."""
-        item = next(item for item in self.finished[unit] if item.name == name)
+        """A finished unit's tensor, from the complete or partial shard; checksums are compared."""
+        spec = self.units[unit].tensors[name]
+        items = {item.name: item for item in self.finished[unit]}
+        if name in items:
+            return self._read_stored(unit, items[name]).view(spec.dtype).view(spec.shape)
+        planes = {key: self._read_stored(unit, item) for key, item in items.items()
+                  if (split_name(key) or ("",))[0] == name}  # fmt: skip
+        return open_coded(name, planes).decode()
+
+    def _read_stored(self, unit: int, item: Stored) -> torch.Tensor:
+        """The bytes of a stored tensor, uint8."""
         shard = self._shard_of(unit)
         final = self.folder / self.names[shard]
         path = final if shard < self._closed else final.with_name(final.name + ".partial")
@@ -348,10 +321,9 @@ class CheckpointWriter:
             data = bytearray(file.read(item.end - item.begin))
         if f"{google_crc32c.value(bytes(data)):08x}" != item.crc32c:
             raise CheckpointError(
-                f"{path}: {name} is damaged (checksum differs); start over with --restart"
+                f"{path}: {item.name} is damaged (checksum differs); start over with --restart"
             )
-        spec = self.units[unit].tensors[name]
-        return torch.frombuffer(data, dtype=torch.uint8).view(spec.dtype).view(spec.shape)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
 
     def note_extras(self, names: Sequence[str]) -> None:
         """Note files that are about to be copied into the folder, so that they are known as ours."""

@@ -22,6 +22,7 @@ from .import_hook import install
 
 if TYPE_CHECKING:
     from .evaluate import evaluate as evaluate
+    from .export_command import export as export
     from .inspect import inspect as inspect
     from .kernel_summary import kernel_summary as kernel_summary
     from .load import load as load
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Recipe": "recipe",
     "evaluate": "evaluate",
+    "export": "export_command",
     "inspect": "inspect",
     "kernel_summary": "kernel_summary",
     "load": "load",
@@ -45,8 +47,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "Recipe", "__version__", "evaluate", "inspect", "kernel_summary", "load", "load_tokenizer",
-    "quantize", "use_kernels",
+    "Recipe", "__version__", "evaluate", "export", "inspect", "kernel_summary", "load",
+    "load_tokenizer", "quantize", "use_kernels",
 ]  # fmt: skip
 
 

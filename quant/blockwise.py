@@ -28,8 +28,9 @@ from ..calibrate.model import BlockInput, ModelGraph
 from ..calibrate.protocol import Stats
 from ..calibrate.runs import Reruns, Stream, start_runs
 from ..calibrate.structure import find_structure
+from ..export.chunked import Chunked
 from ..export.journal import named_os_errors
-from ..export.writer import CheckpointWriter, Chunked
+from ..export.writer import CheckpointWriter
 from .block import Block, Weight
 from .device import calibration_dtype
 from .errors import CalibrationError, FormatError

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fewbit: {type(error).__name__}: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        goes_on = options.command in ("quantize", "autotune")
+        goes_on = options.command in ("quantize", "autotune", "export")
         resumes = "; the same command resumes" if goes_on else ""
         print(f"fewbit: interrupted{resumes}", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of named errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_quantize, _add_eval, _add_generate, _add_inspect, _add_kernels, _add_autotune,
+        _add_quantize, _add_eval, _add_generate, _add_inspect, _add_export, _add_kernels,
+        _add_autotune,
     ):  # fmt: skip
         add(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print one")
@@ -119,6 +120,18 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--verify", action="store_true", help="check every checksum and shape")
     parser.add_argument("--json", metavar="FILE", help="write JSON to FILE, - for stdout")
     parser.set_defaults(run=_inspect)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="a checkpoint in another form, nothing rounded")
+    parser.add_argument("path", help="folder or hub id")
+    parser.add_argument("-o", "--out", required=True, help="folder; an unfinished export goes on")
+    parser.add_argument(
+        "--to", required=True, metavar="FORM",
+        help="dense: what `lossless` was given, byte for byte; dfloat11: of bf16 checkpoints",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=_export)
 
 
 def _add_kernels(commands: Any) -> None:
@@ -255,6 +268,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = inspect(options.path, verify=options.verify)
     _emit(options.json, found.to_json(), found.text())
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export_command import export
+
+    def show(name: str, done: int, total: int) -> None:
+        print(f"{name}: {done / max(total, 1):.0%}", file=sys.stderr)
+
+    export(options.path, options.out, options.to, None if options.quiet else show)
     return 0
 
 

@@ -46,7 +46,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..export.metadata import VERSION, read_manifest
-from ..export.safetensors_file import map_entries
+from .codecs.coded import PLANES, SUFFIX
 from .errors import CheckpointError
 from .format import dequantize
 from .fused import find_groups, fuse
@@ -54,7 +54,7 @@ from .hub import fetch_manifest
 from .kv_install import install
 from .kv_policy import parse_kv
 from .linear import PackedModule
-from .placement import Placement, place, set_tied
+from .placement import Placement, place, set_tied, take_ties
 from .stored import METHOD, StoredCheckpoint, describe
 from .verify import check_packed, header_checksums, packed_of, verify
 
@@ -130,6 +130,7 @@ class FewbitQuantizer(HfQuantizer):
         self._stored: StoredCheckpoint | None = None  # this and the next only while loading
         self._plan: Placement | None = None
         self._dtypes: dict[str, torch.dtype] = {}
+        self._ties: dict[str, str] = {}
 
     # The library's hook; its other keywords (device map, kernels) do not matter here.
     def _process_model_before_weight_loading(
@@ -142,6 +143,7 @@ class FewbitQuantizer(HfQuantizer):
             stored = _CHECKED.get()
             if stored is None:
                 stored = self._open(checkpoint_files)
+                stored.refuse_foreign()
                 verify(stored)
         self.quantization_config.tensors.update((stored.manifest or {}).get("exceptions", {}))
         self.quantization_config.__dict__.pop("exceptions_in_manifest", None)  # they are inline now
@@ -149,10 +151,13 @@ class FewbitQuantizer(HfQuantizer):
         plan = place(model, stored)
         if plan.has_experts:
             model.set_experts_implementation("eager")
-        _ignore(model, "_keys_to_ignore_on_load_missing", map(re.escape, plan.decoded))
+        self._ties = take_ties(model, plan)
+        expected = {*plan.decoded, *self._ties}
+        _ignore(model, "_keys_to_ignore_on_load_missing", map(re.escape, expected))
         _ignore(
             model, "_keys_to_ignore_on_load_unexpected", (re.escape(_HELD), _part_pattern(stored))
         )
+        _spare_random_numbers(model, expected)
         self._stored, self._plan = stored, plan
         return model
 
@@ -182,8 +187,8 @@ class FewbitQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
         assert self._stored is not None and self._plan is not None, "loading ended before it began"
-        headers = self._stored.headers
-        tensors = {name: t for header in headers for name, t in map_entries(header).items()}
+        tensors = self._stored.contents()
+        model.all_tied_weights_keys.update(self._ties)
         _fill_holders(model, self._plan, tensors)
         _decode_parameters(model, self._plan, tensors, self._dtypes)
         _restore_dtypes(model, self._dtypes)
@@ -218,15 +223,28 @@ class FewbitQuantizer(HfQuantizer):
         return False
 
 
+def _spare_random_numbers(model: "PreTrainedModel", parameters: Iterable[str]) -> None:
+    """Keep the library from initializing what we decode afterwards: it takes longer than decoding.
+
+    Only leaves without buffers are marked, for theirs may not come from the file.
+    """
+    for parameter in parameters:
+        module: Any = model.get_submodule(parameter.rpartition(".")[0])
+        if not module._buffers and not module._modules:
+            module._is_hf_initialized = True
+
+
 def _ignore(model: "PreTrainedModel", attribute: str, patterns: Iterable[str]) -> None:
     """Keep expected differences out of the library's report, for this model only."""
     setattr(model, attribute, set(getattr(model, attribute) or ()) | set(patterns))
 
 
 def _part_pattern(stored: StoredCheckpoint) -> str:
-    """Matches the name of every part of a packed weight, however the library renames modules."""
+    """Matches the name of every part of a packed weight and every plane of a coded tensor, however
+    the library renames modules."""
     parts = {part for module in stored.modules.values() for part in module.parts}
-    return rf"\.({'|'.join(map(re.escape, sorted(parts)))})$"
+    planes = {f"{SUFFIX[1:]}{plane}" for plane in PLANES}
+    return rf"\.({'|'.join(map(re.escape, sorted(parts | planes)))})$"
 
 
 def _renamed(key: str, conversions: Sequence[Any]) -> str:
@@ -295,19 +313,24 @@ def _decode_parameters(
         module = plan.owners.get(key)
         if module is None:
             return tensors[key]
-        value = dequantize(packed_of(module, tensors))
+        packed = packed_of(module, tensors)
+        check_packed(module.name, packed)
+        value = dequantize(packed)
         return value.mT if module.spec.transposed else value
 
     for parameter, modules in plan.decoded.items():
-        warnings.warn(
-            f"{parameter}: {', '.join(modules[:3])} are stored quantized, but this model cannot "
-            f"multiply by them as they are; kept decoded in memory, and saved so",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        old = model.get_parameter(parameter)
-        value = plan.names.assemble(parameter, read)
-        set_tied(model, parameter, value.to(old.device, dtypes[parameter], copy=True).contiguous())
+        if modules:
+            warnings.warn(
+                f"{parameter}: {', '.join(modules[:3])} are stored quantized, but this model cannot "
+                f"multiply by them as they are; kept decoded in memory, and saved so",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        owner_name, _, leaf = parameter.rpartition(".")
+        device = getattr(model.get_submodule(owner_name), leaf).device
+        value = plan.names.assemble(parameter, read).to(device, dtypes[parameter])
+        mapped = any(key in plan.held for key in plan.names.sources(parameter))
+        set_tied(model, parameter, (value.clone() if mapped else value).contiguous())
 
 
 def _restore_dtypes(model: "PreTrainedModel", dtypes: Mapping[str, torch.dtype]) -> None:

@@ -2,8 +2,9 @@
 
     bits per weight = 8 · (bytes of all parts of quantized weights) / (number of those weights)
 
-Every stored byte of a weight counts: codes, scales, zero points, padding. Headers of the files and
-tensors that stay unquantized are counted apart; JSON and tokenizer files are not counted.
+Without quantized weights, of all tensors, if some are entropy-coded. Every stored byte of a weight
+counts: codes, scales, zero points, padding, tables and checksums of coded parts. Headers of the files
+and tensors that stay unquantized are counted apart; JSON and tokenizer files are not counted.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from .verify import verify as verify_stored
 class TensorFacts:
     """One weight. formats: of its terms, or the dtype of an unquantized tensor.
 
-    shape: logical, [N, K] or [E, N, K] if quantized. bits_per_weight: all stored bytes.
+    shape: logical, [N, K] or [E, N, K] if quantized. bits_per_weight: all stored bytes. coded: at
+    least a part is entropy-coded.
     """
 
     formats: tuple[str, ...]
@@ -28,6 +30,7 @@ class TensorFacts:
     bits_per_weight: float
     bytes: int
     quantized: bool
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Inspection:
     tensors: Mapping[str, TensorFacts]
     kv: Mapping[str, Any] | None
     verified: bool
+    resident: str = "decoded"
 
     def to_json(self) -> dict[str, Any]:
         """The facts as JSON values."""
@@ -74,14 +78,15 @@ class Inspection:
     def _format_lines(self) -> list[str]:
         groups: dict[tuple[str, ...], list[TensorFacts]] = {}
         for facts in self.tensors.values():
-            groups.setdefault(facts.formats, []).append(facts)
+            coded = ("rans32",) if facts.coded else ()
+            groups.setdefault((*facts.formats, *coded), []).append(facts)
         lines = []
         for formats, members in sorted(groups.items(), key=lambda item: -_bytes_of(item[1])):
             name = " + ".join(formats)
             count = f"{len(members)} tensor{'s' if len(members) > 1 else ''}"
             bits = 8 * _bytes_of(members) / max(sum(_n_weights(m.shape) for m in members), 1)
             lines.append(
-                f"  {name:16s}  {count:>14s}  {_bytes_of(members):>16,d} bytes  {bits:.3f} bits"
+                f"  {name:24s}  {count:>14s}  {_bytes_of(members):>16,d} bytes  {bits:.3f} bits"
             )
         return lines
 
@@ -93,18 +98,22 @@ def inspect(path: str | Path, verify: bool = False) -> Inspection:
     """
     stored = open_stored(fetch(path))
     if verify:
-        verify_stored(stored, small_files=True)
+        verify_stored(stored, everything=True)
     manifest = stored.manifest or {}
     tensors = _facts(stored)
     quantized = list(stored.modules.values())
     n_weights = sum(module.n_weights for module in quantized)
     n_bytes = sum(module.n_bytes for module in quantized)
+    n_counted, counted = n_weights, n_bytes
+    if not quantized and any(facts.coded for facts in tensors.values()):
+        n_counted = sum(_n_weights(facts.shape) for facts in tensors.values())
+        counted = sum(facts.bytes for facts in tensors.values())
     recipe = manifest.get("recipe", {}).get("name") or (stored.quantization or {}).get("recipe")
     return Inspection(
         path=str(path),
         recipe=recipe,
         source=manifest.get("source"),
-        bits_per_weight=8 * n_bytes / n_weights if n_weights else 0.0,
+        bits_per_weight=8 * counted / n_counted if n_counted else 0.0,
         bytes=sum(header.file_bytes for header in stored.headers),
         quantized_bytes=n_bytes,
         unquantized_bytes=sum(facts.bytes for facts in tensors.values() if not facts.quantized),
@@ -112,6 +121,7 @@ def inspect(path: str | Path, verify: bool = False) -> Inspection:
         tensors=tensors,
         kv=(stored.quantization or {}).get("kv"),
         verified=verify,
+        resident=stored.resident,
     )
 
 
@@ -120,11 +130,12 @@ def _facts(stored: StoredCheckpoint) -> dict[str, TensorFacts]:
     for name, module in stored.modules.items():
         formats = tuple(term for term, _ in module.spec.terms)
         bits = module.bits_per_weight
-        found[name] = TensorFacts(formats, module.shape, bits, module.n_bytes, True)
-    for name, entry in stored.dense().items():
-        dtype, n_bytes = str(entry.dtype).removeprefix("torch."), entry.end - entry.begin
-        bits = float(8 * entry.dtype.itemsize)
-        found[name] = TensorFacts((dtype,), entry.shape, bits, n_bytes, False)
+        coded = any(stored.tensors[part].coded for part in module.parts.values())
+        found[name] = TensorFacts(formats, module.shape, bits, module.n_bytes, True, coded)
+    for name, tensor in stored.dense().items():
+        dtype, n = str(tensor.dtype).removeprefix("torch."), _n_weights(tensor.shape)
+        bits = 8 * tensor.n_bytes / n if n else 0.0
+        found[name] = TensorFacts((dtype,), tensor.shape, bits, tensor.n_bytes, False, tensor.coded)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..export.writer import UnitPlan
+from ..export.shards import UnitPlan
 from .errors import CheckpointError
 from .format import PartSpec, find_format
 from .preflight import text_config

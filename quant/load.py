@@ -11,6 +11,7 @@ The dtype of the arithmetic is the configuration's unless `dtype` says otherwise
 theirs.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from .errors import CheckpointError
 from .hub import fetch
 from .kernel_summary import log_summary
 from .packed_module import stored_parts_stay
-from .stored import open_stored
+from .stored import open_stored, read_config
 from .verify import verify as verify_stored
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
 ) -> "PreTrainedModel":
-    """The model in a folder or hub id, in evaluation mode; `.generate` works.
+    """The model in a folder or hub id, in evaluation mode, of the class that its configuration names;
+    `.generate` works where that class has it.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of activations and of
     what is not quantized; None is the checkpoint's own. verify: compare every stored byte with its
@@ -46,17 +48,17 @@ def load(
     target = resolve_device(device)
     folder = fetch(path_or_id)
     stored = open_stored(folder)
+    stored.refuse_foreign()
     if verify:
         verify_stored(stored)
     # The loader before the adapter: the import hook takes their locks in this order, too.
     import transformers.modeling_utils  # noqa: F401
-    from transformers import AutoModelForCausalLM
 
     from .hf import already_checked
 
     with already_checked(stored):
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = _model_class(read_config(folder)).from_pretrained(
                 str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError) as error:
@@ -69,6 +71,19 @@ def load(
             model = model.to(target)
     log_summary(model)
     return model
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """The class that the configuration names, if the library has it; else that of causal models."""
+    import transformers
+
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            continue
+        if found.config_class and found.config_class.model_type == config.get("model_type"):
+            return found
+    return transformers.AutoModelForCausalLM
 
 
 def load_tokenizer(path_or_id: str | Path) -> Any:

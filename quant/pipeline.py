@@ -19,6 +19,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ import torch
 from ..calibrate.protocol import Plan, PlannedPass, plan_passes
 from ..export.checkpoint import Checkpoint
 from ..export.report import UNTIED, Report
-from ..export.writer import CheckpointWriter, UnitPlan
+from ..export.shards import UnitPlan
+from ..export.writer import CheckpointWriter
 from . import publish
 from .allocator import freed_blocks_returned
 from .device import calibration_dtype, resolve_device
@@ -35,9 +37,9 @@ from .errors import CalibrationError, RecipeError
 from .kv_policy import KVPolicy
 from .layout import plan_tensors, unit_of
 from .preflight import check_resources, peak_resident_bytes, text_config
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .transform import transform_model
-from .units import DataFreeUnits, Job, UnitSource
+from .units import DataFreeUnits, Job, UnitSource, count_stored
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -89,7 +91,7 @@ def quantize(
         announce(outlook)
     if restart:
         publish.discard(job.out)
-    writer = CheckpointWriter(job.out, units, _identity(job), MAX_SHARD_BYTES)
+    writer = CheckpointWriter(job.out, units, _identity(job), MAX_SHARD_BYTES, job.recipe.lossless)
     try:
         done = writer.open()
         with freed_blocks_returned():
@@ -124,7 +126,8 @@ def _prepare(
     uses = [(use.name, use.keys) for use in recipe.passes]
     steps = plan_passes(uses) if recipe.quantizes else Plan((), (), ())
     target = resolve_device(device)
-    checkpoint = Checkpoint.open(source, revision)
+    checkpoint = Checkpoint.open(source, revision, as_stored=recipe.keeps_bytes)
+    _refuse_policy(checkpoint, recipe)
     _refuse_passes(checkpoint, steps.passes)
     _check_kv(checkpoint, recipe.kv)
     model = transform_model(checkpoint, steps, seed, target)
@@ -143,6 +146,16 @@ def _prepare(
         checkpoint, recipe, steps.passes, plan, out, seed, target, None, steps.block, model, names
     )
     return _with_calibration(job, calib) if job.calibrated else job
+
+
+def _refuse_policy(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """RecipeError if a cache policy is asked of weights that only their own maker's code can run."""
+    method = publish.source_quantization(checkpoint.config)
+    if recipe.keeps_bytes and recipe.kv is not None and method is not None:
+        raise RecipeError(
+            f"{checkpoint.name} is quantized already, and recipe {recipe.name!r} would store it as it "
+            f"is with a cache policy that nothing could follow; use --recipe lossless"
+        )
 
 
 def _check_kv(checkpoint: Checkpoint, policy: KVPolicy | None) -> None:
@@ -247,7 +260,8 @@ def _run(
             source.skip(index, writer)
             continue
         rows: list[Any] = []
-        writer.write_unit(source.tensors(index, rows), rows)
+        amend = partial(count_stored, job, source.members[index][1], rows)
+        writer.write_unit(source.tensors(index, rows), rows, amend)
         if progress is not None:
             seconds = time.monotonic() - resumed_at
             left = _seconds_left(seconds, sum(costs[done : index + 1]), sum(costs[index + 1 :]))

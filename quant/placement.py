@@ -16,7 +16,7 @@ random numbers.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ class Placement:
 
     modules: graph module name -> stored module that it holds packed.
     part_names: stored tensor name -> name in the graph's state.
-    decoded: graph parameter -> stored modules (by name) that are decoded into it.
+    decoded: graph parameter -> stored modules (by name) that are decoded into it; none if it is only
+    made of entropy-coded tensors.
     held: dense tensors that the library must not load: they belong to decoded parameters.
     has_experts: some expert stack is held packed, so experts must run one by one.
     """
@@ -72,9 +73,14 @@ def place(model: "PreTrainedModel", stored: StoredCheckpoint) -> Placement:
         slot = plan.names.slot(key)
         if slot is not None:
             groups.setdefault(slot.parameter, {})[key] = slot
+    coded = {name for name, tensor in stored.dense().items() if tensor.coded}
     for parameter, slots in groups.items():
         if not _place_packed(model, plan, parameter, slots):
-            _place_decoded(plan, parameter)
+            _place_decoded(plan, parameter, coded)
+    for key in sorted(coded):
+        slot = plan.names.slot(key)
+        if slot is not None and slot.parameter not in plan.decoded:
+            _place_decoded(plan, slot.parameter, coded)
     return plan
 
 
@@ -204,12 +210,13 @@ def _record(plan: Placement, graph_name: str, stored: StoredModule, layer: Packe
         plan.part_names[key] = f"{graph_name}.{part}"
 
 
-def _place_decoded(plan: Placement, parameter: str) -> None:
+def _place_decoded(plan: Placement, parameter: str, coded: Container[str]) -> None:
     decoded = []
     for key in plan.names.sources(parameter):
         stored = plan.owners.get(key)
         if stored is None:
-            plan.held.add(key)
+            if key not in coded:  # the files have its planes, under names that the library ignores
+                plan.held.add(key)
         elif stored.spec.inputs:
             raise CheckpointError(
                 f"{stored.name} multiplies inputs that are transformed at run time, and this model "
@@ -218,6 +225,20 @@ def _place_decoded(plan: Placement, parameter: str) -> None:
         else:
             decoded.append(stored.name)
     plan.decoded[parameter] = decoded
+
+
+def take_ties(model: "PreTrainedModel", plan: Placement) -> dict[str, str]:
+    """Untie, while the library loads, what is decoded afterwards: it would take both ends of a tie for
+    lost. Returns target -> source of what is to be tied again; a tie whose ends the file both holds is
+    none."""
+    taken = {}
+    ties = model.all_tied_weights_keys
+    families = _tied_families(model)
+    for target in [name for name in ties if families[name] & plan.decoded.keys()]:
+        source = ties.pop(target)
+        if not {target, source} <= plan.decoded.keys():
+            taken[target] = source
+    return taken
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
@@ -231,4 +252,4 @@ def set_tied(model: "PreTrainedModel", name: str, value: torch.Tensor) -> None:
     for other in sorted(_tied_families(model).get(name, {name})):
         owner_name, _, leaf = other.rpartition(".")
         owner: Any = model.get_submodule(owner_name)
-        setattr(owner, leaf, parameter)
+        setattr(owner, leaf, value if leaf in owner._buffers else parameter)

@@ -17,6 +17,7 @@ from typing import Any
 import google_crc32c
 
 from ..export.checkpoint import Checkpoint
+from ..export.coded_files import DecodedTensors, stored_tensors
 from ..export.journal import JOURNAL, Journal, named_os_errors, write_atomic
 from ..export.metadata import (
     MANIFEST,
@@ -28,9 +29,11 @@ from ..export.metadata import (
     manifest_bytes,
     read_manifest,
 )
+from ..export.originals import original_facts
 from ..export.report import Report, build_report, write_report
-from ..export.safetensors_file import Header, map_entries, read_header
-from ..export.writer import SHARD_NAME, CheckpointWriter, extras_in, is_plain_name
+from ..export.safetensors_file import Header, read_header
+from ..export.shards import SHARD_NAME, index_of
+from ..export.writer import CheckpointWriter, extras_in, is_plain_name
 from .errors import CheckpointError, FormatError
 from .format import find_format
 from .layout import PlannedTensor
@@ -39,6 +42,7 @@ from .units import Job
 
 INDEX = "model.safetensors.index.json"
 _PIECE_BYTES = 8 << 20
+_ENCODINGS = ("quantization_config", "compression_config")
 _OURS = ("config.json", INDEX, "report.json", "report.html", MANIFEST)
 _SPILL = "fewbit.hidden"  # of calibrated runs, only ever with ".partial"
 
@@ -166,7 +170,7 @@ def verify_written(job: Job, writer: CheckpointWriter) -> None:
         for name, found in _checksums(header):
             if found != expected[shard][name]:
                 raise _reads_back_differently(job.out / shard, name)
-        _check_parts(job, map_entries(header))
+        _check_parts(job, DecodedTensors((header,), stored_tensors((header,))))
 
 
 def _checksums(header: Header) -> Iterator[tuple[str, str]]:
@@ -205,20 +209,30 @@ def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = _without_encoding(config["text_config"])
     kv = job.recipe.kv
-    if specs or kv:
+    recipe = job.recipe
+    if specs or kv or recipe.lossless:
         if "dtype" not in config and "torch_dtype" not in config:
             config["dtype"] = str(job.checkpoint.dtype).removeprefix("torch.")
         config["quantization_config"] = build_quantization_config(
-            job.recipe.name, specs, kv.to_json() if kv else None
-        )
+            recipe.name, specs, kv.to_json() if kv else None, recipe.lossless, recipe.resident,
+            source_quantization(job.model.config) if recipe.keeps_bytes else None,
+        )  # fmt: skip
     return config
+
+
+def source_quantization(config: Mapping[str, Any]) -> Any:
+    """What a config says of how its weights are quantized; None if nothing."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in _ENCODINGS:
+            if part.get(key):
+                return part[key]
+    return None
 
 
 def _without_encoding(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what says how the source's weights were stored."""
-    return {
-        k: v for k, v in config.items() if k not in ("quantization_config", "compression_config")
-    }
+    return {k: v for k, v in config.items() if k not in _ENCODINGS}
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -235,12 +249,7 @@ def _copy(source: Path, target: Path) -> None:
 def _write_index(out: Path, writer: CheckpointWriter) -> None:
     if len(writer.names) == 1:
         return
-    stored = list(writer.stored())
-    index = {
-        "metadata": {"total_size": sum(item.end - item.begin for _, item in stored)},
-        "weight_map": {item.name: shard for shard, item in sorted(stored, key=lambda x: x[1].name)},
-    }
-    write_atomic(out / INDEX, _json_bytes(index))
+    write_atomic(out / INDEX, _json_bytes(index_of(writer.stored())))
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -272,6 +281,7 @@ def _manifest(
         "modules": _module_facts(job),
         "quantization_config_sha256": config_sha256(quantization) if quantization else None,
         "exceptions": dict(more),
+        **({"original": original_facts(job.checkpoint)} if job.recipe.keeps_bytes else {}),
     }
 
 

@@ -94,6 +94,8 @@ class Recipe:
     allow_fallback: bool
     activation: str | None = None  # format that inputs of quantized weights are rounded to
     kv: KVPolicy | None = None  # how keys and values are cached
+    lossless: bool = False  # entropy-code stored tensors
+    resident: str = "decoded"  # how coded tensors are held once the model is loaded
 
     @cached_property
     def text(self) -> str:
@@ -104,6 +106,11 @@ class Recipe:
     def quantizes(self) -> bool:
         """Whether any rule stores weights in another format; otherwise the recipe is a copy."""
         return self.weights is not None or any(item.rule for item in self.overrides)
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether the output holds the source's tensors as they are stored there, coded."""
+        return self.lossless and not self.quantizes
 
     def rule_for(self, module: str) -> WeightRule | None:
         """The rule for a source module name; None if it stays unquantized."""
@@ -194,7 +201,7 @@ def _setting_value(raw: str) -> Any:
 
 _TOP_KEYS = (
     "summary", "calibration", "pass", "weights", "override", "activations", "kv", "gate",
-    "allow_fallback",
+    "allow_fallback", "lossless", "resident",
 )  # fmt: skip
 
 
@@ -215,7 +222,15 @@ def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
         allow_fallback=_typed(tree, "allow_fallback", bool, False),
         activation=_activation(tree),
         kv=parse_kv(_typed(tree, "kv", dict, {}), "kv") if "kv" in tree else None,
+        lossless=_typed(tree, "lossless", bool, False),
+        resident=_typed(tree, "resident", str, "decoded"),
     )
+    check_resident(recipe.resident)
+    if recipe.resident != "decoded" and not recipe.lossless:
+        raise RecipeError(
+            f"recipe {name!r} keeps weights {recipe.resident!r} in memory but stores none coded; add "
+            f"lossless = true"
+        )
     if recipe.activation and not recipe.quantizes:
         raise RecipeError(
             f"recipe {name!r} rounds activations but no weights; add [weights] with a format, or "
@@ -227,6 +242,17 @@ def build_recipe(name: str, tree: dict[str, Any]) -> Recipe:
             f"[weights] that they could work on; add [weights] with a format, or drop the passes"
         )
     return recipe
+
+
+RESIDENT = ("decoded", "coded", "fle4", "fle3")
+
+
+def check_resident(name: str) -> None:
+    """RecipeError unless coded tensors can be held in this way."""
+    if name not in RESIDENT:
+        raise RecipeError(
+            f"resident must be one of {', '.join(RESIDENT)}; got {name!r}{nearest_name(name, RESIDENT)}"
+        )
 
 
 def _known(owner: str, table: Mapping[str, Any], allowed: Sequence[str]) -> None:

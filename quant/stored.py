@@ -10,6 +10,8 @@ Which modules are quantized is read off the tensor names: `<module>.<part>` for 
 A module that lacks a part, or has one of another dtype or shape, is an error: nobody may find out
 later, with random numbers in its place.
 
+Tensors are named and described by their contents, coded or not (`export/coded_files.py`).
+
 Only headers are read here, so that 100 GB of weights are described in the time that it takes to
 open their files. Contents are checked in `verify.py`; what a model makes of the names is in
 `placement.py`.
@@ -23,6 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..export.coded_files import DecodedTensors, StoredTensor, stored_tensors
 from ..export.journal import JOURNAL
 from ..export.metadata import (
     MANIFEST,
@@ -31,7 +34,7 @@ from ..export.metadata import (
     parse_quantization_config,
     read_manifest,
 )
-from ..export.safetensors_file import Entry, Header, read_header
+from ..export.safetensors_file import Header, read_header
 from ..export.source_files import find_weights, read_json
 from .errors import CheckpointError, FewbitError
 from .format import PartSpec, find_format
@@ -74,7 +77,8 @@ class StoredCheckpoint:
 
     quantization: contents of `quantization_config`; None if nothing is quantized.
     manifest: contents of `fewbit.json`, None if there is none or if the files carry their own
-    checksums. tensors: every stored tensor by name.
+    checksums. tensors: every stored tensor by its logical name. resident: how coded ones are held.
+    source_method: quant_method of the source, if it was stored as it was.
     """
 
     folder: Path
@@ -82,9 +86,24 @@ class StoredCheckpoint:
     quantization: Mapping[str, Any] | None
     manifest: Mapping[str, Any] | None
     modules: Mapping[str, StoredModule]
-    tensors: Mapping[str, Entry] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    resident: str = "decoded"
+    source_method: str | None = None
 
-    def dense(self) -> dict[str, Entry]:
+    def refuse_foreign(self) -> None:
+        """CheckpointError if what is held here is another maker's quantized checkpoint, coded."""
+        if self.source_method is not None:
+            raise CheckpointError(
+                f"{self.folder} holds a checkpoint of quant_method {self.source_method!r}, coded without "
+                f"loss; fewbit does not run it: get it back with fewbit export {self.folder} -o OUT "
+                f"--to dense"
+            )
+
+    def contents(self) -> DecodedTensors:
+        """The tensors themselves by logical name, mapped; coded ones are decoded at each access."""
+        return DecodedTensors(self.headers, self.tensors)
+
+    def dense(self) -> dict[str, StoredTensor]:
         """Stored tensors that are no part of a quantized module."""
         parts = {name for module in self.modules.values() for name in module.parts.values()}
         return {name: entry for name, entry in self.tensors.items() if name not in parts}
@@ -154,21 +173,26 @@ def describe(
 ) -> StoredCheckpoint:
     """Read the headers of `files` and find the quantized modules among their tensors."""
     headers = tuple(read_header(path) for path in files)
-    tensors: dict[str, Entry] = {}
+    seen: set[str] = set()
     for header in headers:
-        for name, entry in header.entries.items():
-            if name in tensors:
+        for name in header.entries:
+            if name in seen:
                 raise CheckpointError(f"{header.path}: tensor {name} is in another file, too")
-            tensors[name] = entry
+            seen.add(name)
+    tensors = stored_tensors(headers)
     _check_index(folder, headers)
     if headers and all(CHECKSUMS in header.metadata for header in headers):
         manifest = None  # of an earlier checkpoint in this folder, which these files replaced
     modules: dict[str, StoredModule] = {}
+    resident, method = "decoded", None
     if quantization is not None:
         more = (manifest or {}).get("exceptions")
         config = parse_quantization_config(quantization, str(folder / CONFIG), more)
         modules = _find_modules(folder, config, manifest, tensors)
-    return StoredCheckpoint(folder, headers, quantization, manifest, modules, tensors)
+        resident, method = config.resident, config.source_method
+    return StoredCheckpoint(
+        folder, headers, quantization, manifest, modules, tensors, resident, method
+    )
 
 
 def _check_index(folder: Path, headers: tuple[Header, ...]) -> None:
@@ -189,7 +213,7 @@ def _find_modules(
     folder: Path,
     config: QuantizationConfig,
     manifest: Mapping[str, Any] | None,
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, StoredTensor],
 ) -> dict[str, StoredModule]:
     found: dict[str, dict[str, str]] = {}
     for name in tensors:
@@ -237,7 +261,7 @@ def _describe_module(
     spec: ModuleSpec,
     shape: tuple[int, ...] | None,
     parts: Mapping[str, str],
-    tensors: Mapping[str, Entry],
+    tensors: Mapping[str, StoredTensor],
 ) -> StoredModule:
     try:
         if shape is None:
@@ -258,12 +282,12 @@ def _describe_module(
                 f"{list(shape)}, got {entry.dtype} {list(entry.shape)}; fetch or quantize again"
             )
     ordered = {part: parts[part] for part in expected}
-    n_bytes = sum(wanted.n_bytes for wanted in expected.values())
+    n_bytes = sum(tensors[name].n_bytes for name in ordered.values())
     return StoredModule(name, spec, shape, ordered, n_bytes)
 
 
 def _shape_from_parts(
-    spec: ModuleSpec, parts: Mapping[str, str], tensors: Mapping[str, Entry]
+    spec: ModuleSpec, parts: Mapping[str, str], tensors: Mapping[str, StoredTensor]
 ) -> tuple[int, ...]:
     name, options = spec.terms[0]
     shapes = {part: tensors[key].shape for part, key in parts.items() if "." not in part}

@@ -17,7 +17,10 @@ import torch
 from ..calibrate.data import CalibrationSet
 from ..calibrate.protocol import PlannedBlockTransform, PlannedPass
 from ..export.checkpoint import Checkpoint
-from ..export.writer import CheckpointWriter, Chunked
+from ..export.chunked import Chunked
+from ..export.coded_files import split_name
+from ..export.shards import Stored
+from ..export.writer import CheckpointWriter
 from .block import Block, Weight
 from .errors import FormatError
 from .format import dequantize
@@ -89,7 +92,7 @@ def plain_tensor(job: Job, tensor: PlannedTensor, unit: str, rows: list[Any]) ->
     The first part (the codes) is handed on as slabs are rounded; only the small ones are kept.
     """
     if tensor.rule is None:
-        yield tensor.key, _slabs(job, tensor)
+        yield tensor.key, Slabs(job, tensor)
         return
     started = time.monotonic()
     first, *others = (name.removeprefix(f"{tensor.module}.") for name in tensor.specs())
@@ -123,7 +126,7 @@ class _Sums:
 def _rounded_slabs(
     job: Job, tensor: PlannedTensor, unit: str, sums: _Sums
 ) -> Iterator[PackedTensor]:
-    for value in _slabs(job, tensor):
+    for value in Slabs(job, tensor):
         weight = make_weight(tensor, value.mT if tensor.transposed else value)
         try:
             for item in job.passes:
@@ -138,17 +141,25 @@ def _rounded_slabs(
         yield packed
 
 
-def _slabs(job: Job, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-    """Rows of the leading axis, about SLAB_BYTES at a time; in one piece if there is no such axis."""
-    shape = tensor.source_shape
-    if not shape or shape[0] == 0:
-        yield _as_stored(tensor, job.model.source.read(tensor.key))
-        return
-    row_bytes = max(1, torch.Size(shape).numel() // shape[0] * tensor.dtype.itemsize)
-    step = max(1, SLAB_BYTES // row_bytes)
-    for start in range(0, shape[0], step):
-        rows = job.model.source.read(tensor.key, start, min(start + step, shape[0]))
-        yield _as_stored(tensor, rows)
+@dataclass(frozen=True)
+class Slabs:
+    """Rows of the leading axis of a source tensor, about SLAB_BYTES at a time and read anew by each
+    iteration; in one piece if there is no such axis."""
+
+    job: Job
+    tensor: PlannedTensor
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        tensor, source = self.tensor, self.job.model.source
+        shape = tensor.source_shape
+        if not shape or shape[0] == 0:
+            yield _as_stored(tensor, source.read(tensor.key))
+            return
+        row_bytes = max(1, torch.Size(shape).numel() // shape[0] * tensor.dtype.itemsize)
+        step = max(1, SLAB_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            rows = source.read(tensor.key, start, min(start + step, shape[0]))
+            yield _as_stored(tensor, rows)
 
 
 def _as_stored(tensor: PlannedTensor, value: torch.Tensor) -> torch.Tensor:
@@ -244,3 +255,18 @@ def report_row(
         "fallbacks": list(fallbacks),
         "seconds": 0.0,
     }
+
+
+def count_stored(
+    job: Job, keys: Sequence[str], rows: Sequence[dict[str, Any]], stored: Sequence[Stored]
+) -> None:
+    """Set the bytes of each row to what was written: coding makes parts smaller than planned."""
+    sizes: dict[str, int] = {}
+    for item in stored:
+        split = split_name(item.name)
+        name = split[0] if split else item.name
+        sizes[name] = sizes.get(name, 0) + item.end - item.begin
+    planned = {job.plan[key].module: job.plan[key].specs() for key in keys}
+    for row in rows:
+        row["n_bytes"] = sum(sizes[part] for part in planned[row["name"]])
+        row["bits_per_weight"] = 8 * row["n_bytes"] / row["n_weights"]

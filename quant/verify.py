@@ -22,9 +22,9 @@ from typing import Any
 import google_crc32c
 import torch
 
+from ..export.chunked import crc32c
 from ..export.metadata import MANIFEST, config_sha256
 from ..export.safetensors_file import Entry, Header, map_entries
-from ..export.writer import crc32c
 from .errors import CheckpointError, FormatError
 from .format import find_format
 from .packed import PackedTensor, Term
@@ -37,17 +37,18 @@ _AGAIN = "it is damaged or was changed: fetch or quantize again"
 def verify_checkpoint(folder: Path) -> StoredCheckpoint:
     """Check all of a folder, tokenizer files included. CheckpointError names what differs."""
     stored = open_stored(folder)
-    verify(stored, small_files=True)
+    verify(stored, everything=True)
     return stored
 
 
-def verify(stored: StoredCheckpoint, small_files: bool = False) -> None:
+def verify(stored: StoredCheckpoint, everything: bool = False) -> None:
     """Check what a model is made of: weights, index, `config.json`; CheckpointError if it differs.
 
-    small_files: the others that the manifest lists (tokenizer, generation settings), too.
+    everything: the other files that the manifest lists (tokenizer, generation settings), too, and what
+    the loader checks anyway while it reads: coded tensors, and the parts of each format.
     """
     if stored.manifest is not None:
-        expected = _by_manifest(stored, stored.manifest, small_files)
+        expected = _by_manifest(stored, stored.manifest, everything)
     else:
         expected = _by_headers(stored)
     for header in stored.headers:
@@ -61,7 +62,8 @@ def verify(stored: StoredCheckpoint, small_files: bool = False) -> None:
                     f"{header.path}: tensor {name} has checksum {found}, "
                     f"{expected.get(name, 'none')} was written; {_AGAIN}"
                 )
-    check_formats(stored)
+    if everything:
+        check_contents(stored)
 
 
 def described_checksum(of_bytes: str, entry: Entry) -> str:
@@ -109,7 +111,8 @@ def _by_manifest(
             f"{stored.folder / CONFIG}: quantization_config differs from what was written; {_AGAIN}"
         )
     expected: Mapping[str, str] = manifest["tensors"]
-    for name in sorted(expected.keys() - stored.tensors.keys()):
+    held = {name for header in stored.headers for name in header.entries}
+    for name in sorted(expected.keys() - held):
         raise CheckpointError(f"{stored.folder}: tensor {name} is missing; {_AGAIN}")
     return expected
 
@@ -180,14 +183,17 @@ def _header_sums(header: Header) -> dict[str, str]:
     return found
 
 
-# --- formats ------------------------------------------------------------------------------------
+# --- contents -----------------------------------------------------------------------------------
 
 
-def check_formats(stored: StoredCheckpoint) -> None:
-    """Each format's check of the parts of each module."""
-    mapped = {name: t for header in stored.headers for name, t in map_entries(header).items()}
+def check_contents(stored: StoredCheckpoint) -> None:
+    """Decode every coded tensor, and let each format check the parts of each module."""
+    contents = stored.contents()
+    for name, tensor in stored.dense().items():
+        if tensor.coded:
+            contents.coded(name).verify()
     for module in stored.modules.values():
-        check_packed(module.name, packed_of(module, mapped))
+        check_packed(module.name, packed_of(module, contents))
 
 
 def packed_of(module: StoredModule, tensors: Mapping[str, torch.Tensor]) -> PackedTensor:

@@ -6,10 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from fewbit.export.report import build_report, summary_text, write_report
-from fewbit.quant.format import PartSpec
+from fewbit.export.shards import Stored
 
 
 @dataclass
@@ -19,10 +17,7 @@ class Planned:
     key: str
     rule: object = None
     reason: str = "the recipe leaves it out"
-    shape: tuple[int, ...] = (4, 8)
-
-    def specs(self) -> dict[str, PartSpec]:
-        return {self.key: PartSpec(torch.bfloat16, self.shape)}
+    source_shape: tuple[int, ...] = (4, 8)
 
 
 @dataclass
@@ -35,7 +30,9 @@ class Run:
         default_factory=lambda: SimpleNamespace(name="m", revision=None, fingerprint="ff")
     )
     recipe: Any = field(
-        default_factory=lambda: SimpleNamespace(name="w4", text="{}", allow_fallback=True)
+        default_factory=lambda: SimpleNamespace(
+            name="w4", text="{}", allow_fallback=True, quantizes=True
+        )
     )
     plan: dict[str, Planned] = field(
         default_factory=lambda: {
@@ -55,6 +52,13 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
     return [{**plain, **changes}]
 
 
+def writing(rows: list[Any], planes: dict[str, int] | None = None) -> SimpleNamespace:
+    """A writer that has stored the kept tensor, plainly or as planes of these sizes."""
+    sizes = planes or {"lm_head.weight": 64}
+    stored = [("f", Stored(name, "U8", (n,), 0, n, "")) for name, n in sizes.items()]
+    return SimpleNamespace(rows=rows, stored=lambda: stored)
+
+
 FACTS = {
     "wall_seconds": 1.5, "peak_resident_bytes": 2_000_000, "environment": {"torch": "2.9"},
     "pid": 1, "command": "fewbit quantize m",
@@ -62,7 +66,7 @@ FACTS = {
 
 
 def test_a_report_is_built_from_plan_and_rows() -> None:
-    writer = SimpleNamespace(rows=[rows(), [], rows(name="b", tokens=[1, 0])])
+    writer = writing([rows(), [], rows(name="b", tokens=[1, 0])])
     data = SimpleNamespace(fingerprint=lambda: {"source": "bundled"})
     found = build_report(Run(calibration=data), writer, FACTS)
     assert [row.name for row in found.tensors] == ["model.layers.0.self_attn.q_proj", "b"]
@@ -71,13 +75,13 @@ def test_a_report_is_built_from_plan_and_rows() -> None:
     assert found.provenance.command == "fewbit quantize m"
     assert found.allow_fallback is True
     without = {key: value for key, value in FACTS.items() if key != "command"}
-    plain = build_report(Run(), SimpleNamespace(rows=[]), without)
+    plain = build_report(Run(), writing([]), without)
     assert plain.provenance.calibration is None and plain.provenance.command == ""
 
 
 def test_both_files_are_written_whole_and_replaced(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        report = build_report(Run(), SimpleNamespace(rows=[rows(name=name)]), FACTS)
+        report = build_report(Run(), writing([rows(name=name)]), FACTS)
         write_report(tmp_path, report)
         found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
         assert list(found["tensors"]) == [name]
@@ -87,7 +91,7 @@ def test_both_files_are_written_whole_and_replaced(tmp_path: Path) -> None:
 
 def test_the_summary_names_what_matters() -> None:
     stack = rows(name="model.layers.0.mlp.experts.up_proj", tokens=[0, 9], output_error=None)
-    writer = SimpleNamespace(rows=[rows(fallbacks=["rounded to nearest"]), stack])
+    writer = writing([rows(fallbacks=["rounded to nearest"]), stack])
     text = summary_text(build_report(Run(), writer, FACTS))
     assert text.startswith("2 weights quantized at 4.500 bits, 1 tensors kept; 352 bytes, 1.5 s, ")
     figures = [line.split() for line in text.split("\n")]
@@ -101,6 +105,19 @@ def test_the_summary_names_what_matters() -> None:
 
 
 def test_the_summary_of_a_copy_has_no_errors_to_show() -> None:
-    text = summary_text(build_report(Run(), SimpleNamespace(rows=[]), FACTS))
+    text = summary_text(build_report(Run(), writing([]), FACTS))
     assert text.startswith("0 weights quantized at 0.000 bits")
     assert "largest errors" not in text
+
+
+def test_coded_tensors_count_with_what_they_take() -> None:
+    run = Run(plan={"lm_head.weight": Planned("lm_head.weight")})
+    run.recipe.quantizes = False
+    planes = {"lm_head.weight.rans32.words": 20, "lm_head.weight.rans32.raw": 22}
+    found = build_report(run, writing([], planes), FACTS)
+    assert found.kept[0].n_bytes == 42 and found.kept[0].coded
+    assert found.kept[0].reason == "coded without loss"
+    assert found.bits_per_weight == 8 * 42 / 32
+    assert summary_text(found).startswith(
+        "1 tensors coded without loss, 10.500 bits a weight in all"
+    )

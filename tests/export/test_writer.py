@@ -9,14 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from fewbit.export import journal as journal_module
+from fewbit.export.chunked import crc32c
 from fewbit.export.journal import JOURNAL
-from fewbit.export.writer import (
-    CheckpointWriter,
-    UnitPlan,
-    crc32c,
-    plan_shards,
-    shard_names,
-)
+from fewbit.export.shards import UnitPlan, plan_shards, shard_names
+from fewbit.export.writer import CheckpointWriter
 from fewbit.quant.errors import CheckpointError
 from fewbit.quant.format import PartSpec
 

@@ -65,13 +65,13 @@ def test_sound_checkpoints_pass(written, saved):
 @pytest.mark.parametrize("part", ["codes", "scale_group"])
 def test_a_flipped_bit_names_the_tensor(copy, part):
     name = f"model.layers.1.block_sparse_moe.experts.2.w3.{part}"
-    entry = open_stored(copy).tensors[name]
+    entry = open_stored(copy).headers[0].entries[name]
     flip(copy / "model.safetensors", entry.end - 1, bit=7)
     refuse(copy, f"tensor {name} has checksum", "model.safetensors")
 
 
 def test_unquantized_tensors_are_checked_too(copy):
-    entry = open_stored(copy).tensors["model.norm.weight"]
+    entry = open_stored(copy).headers[0].entries["model.norm.weight"]
     flip(copy / "model.safetensors", entry.begin)
     refuse(copy, "tensor model.norm.weight")
 

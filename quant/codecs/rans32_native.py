@@ -1,0 +1,143 @@
+"""`rans32` in C: the calls of quant/native/rans32.c, with the arguments of `rans32_numpy`.
+
+The structs mirror quant/native/native.h. Arrays are made contiguous and aligned where they are not
+(small ones; elements and words are used where they lie). Everything was checked by the caller
+(`rans32`); the C code checks again what would make it leave its buffers.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..native import compiler
+from . import frequencies
+from .chunks import CHUNK, LANES, Damage, Group, Layout
+from .planes import Kind
+
+_REASONS = {
+    1: "the index ends behind the words",
+    2: "its index entry is impossible",
+    3: "a CONSTANT or RAW stream of wrong length",
+    4: "the state of a CONSTANT stream is no symbol",
+    5: "a RAW stream has a state or a padding that is not zero",
+    6: "the decoder does not end where it must",
+    7: "the checksum of its elements differs",
+}
+_NO_MEMORY = 9
+
+
+class _Chunks(ctypes.Structure):
+    """struct fewbit_chunks."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        ("data", ctypes.c_void_p), ("n_bytes", ctypes.c_uint64), ("starts", ctypes.c_void_p),
+        ("sizes", ctypes.c_void_p), ("n_chunks", ctypes.c_uint64), ("piece", ctypes.c_uint64),
+        ("stride", ctypes.c_uint64), ("kind", ctypes.c_int32), ("isa", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class _Group(ctypes.Structure):
+    """struct fewbit_group."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        ("raw", ctypes.c_void_p), ("n_elements", ctypes.c_uint64), ("words", ctypes.c_void_p),
+        ("words_bytes", ctypes.c_uint64), ("index", ctypes.c_void_p), ("state", ctypes.c_void_p),
+        ("crc", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def engine_name() -> str:
+    """scalar, avx2 or avx512: what this processor runs, at most what the environment allows."""
+    return compiler.ISA_NAMES[_library().fewbit_isa(compiler.isa_cap())]
+
+
+def count(data: np.ndarray, kind: Kind, layout: Layout) -> np.ndarray:
+    """As `rans32_numpy.count`."""
+    counts = np.zeros((kind.n_planes, 256), np.uint64)
+    kept = _plain(layout)
+    chunks = _chunks(data, kind, kept)
+    _raise(_library().fewbit_rans32_count(ctypes.byref(chunks), _pointer(counts)))
+    return counts.astype(np.int64)
+
+
+def encode(data: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> Group:
+    """As `rans32_numpy.encode`."""
+    n_coded = int(frequencies.check(freq, kind.n_planes).sum())
+    n_chunks, n = len(layout.sizes), layout.n_elements
+    room = n_coded * (n + n_chunks) + 1  # all streams raw; only what is used becomes memory
+    group = Group(
+        np.empty((kind.n_planes - n_coded, n), np.uint8),
+        np.empty(room, np.uint8),
+        np.empty(n_chunks * n_coded + 1, np.uint64),
+        np.empty((n_chunks * n_coded, LANES), np.uint32),
+        np.empty(n_chunks, np.uint32),
+    )
+    kept, freq = _plain(layout), _aligned(freq)
+    chunks, target = _chunks(data, kind, kept), _group(group, n)
+    _raise(
+        _library().fewbit_rans32_encode(
+            ctypes.byref(chunks), _pointer(freq), ctypes.byref(target)
+        )
+    )
+    return Group(group.raw, group.words[: int(group.index[-1])], group.index, group.state, group.crc)
+
+
+def decode(group: Group, out: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> None:
+    """As `rans32_numpy.decode`."""
+    kept, freq = _plain(layout), _aligned(freq)
+    group = Group(*map(_aligned, (group.raw, group.words, group.index, group.state, group.crc)))
+    chunks, source = _chunks(out, kind, kept), _group(group, layout.n_elements)
+    bad = ctypes.c_int64(-1)
+    _raise(
+        _library().fewbit_rans32_decode(
+            ctypes.byref(chunks), _pointer(freq), ctypes.byref(source), ctypes.byref(bad)
+        ),
+        bad.value,
+    )
+
+
+def _library() -> ctypes.CDLL:
+    found = compiler.library()
+    if found is None:
+        raise RuntimeError(f"native code was called without a library: {compiler.why_not()}")
+    return found
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    return np.require(array, requirements=["C", "A"])
+
+
+def _plain(layout: Layout) -> Layout:
+    return Layout(_aligned(layout.starts), _aligned(layout.sizes), layout.piece, layout.stride)
+
+
+def _chunks(data: np.ndarray, kind: Kind, layout: Layout) -> _Chunks:
+    """The struct; its arrays must outlive it. A piece longer than a chunk is a chunk."""
+    isa = _library().fewbit_isa(compiler.isa_cap())
+    piece = min(layout.piece, CHUNK)
+    return _Chunks(
+        data.ctypes.data, data.size, layout.starts.ctypes.data, layout.sizes.ctypes.data,
+        len(layout.sizes), piece, layout.stride, int(kind), isa,
+    )  # fmt: skip
+
+
+def _group(group: Group, n_elements: int) -> _Group:
+    return _Group(
+        group.raw.ctypes.data, n_elements, group.words.ctypes.data, group.words.size,
+        group.index.ctypes.data, group.state.ctypes.data, group.crc.ctypes.data,
+    )  # fmt: skip
+
+
+def _raise(code: int, chunk: int = -1) -> None:
+    """Turns what a call answers into errors."""
+    if code in _REASONS:
+        raise Damage(chunk, _REASONS[code])
+    if code == _NO_MEMORY:
+        raise MemoryError("no memory for the working buffers of the coder")
+    if code:
+        raise ValueError(f"the native coder refuses its arguments (code {code})")
