@@ -190,8 +190,9 @@ class FewbitQuantizer(HfQuantizer):
         tensors = self._stored.contents()
         model.all_tied_weights_keys.update(self._ties)
         _fill_holders(model, self._plan, tensors)
-        _decode_parameters(model, self._plan, tensors, self._dtypes)
-        _restore_dtypes(model, self._dtypes)
+        wanted = _wanted_dtypes(model, self._dtypes)
+        _decode_parameters(model, self._plan, tensors, wanted)
+        _restore_dtypes(model, wanted)
         _keep_names(model, self._plan)
         self._stored = self._plan = None
         for group in find_groups(model):
@@ -333,17 +334,24 @@ def _decode_parameters(
         set_tied(model, parameter, (value.clone() if mapped else value).contiguous())
 
 
-def _restore_dtypes(model: "PreTrainedModel", dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast what some versions of the library leave in the file's dtype: renamed dense tensors."""
+def _wanted_dtypes(
+    model: "PreTrainedModel", dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """dtype of each floating tensor: the skeleton's, or what the class keeps apart (T5's `wo`)."""
     policy = model._get_dtype_plan(model.config.dtype)
     patterns, groups, _ = build_glob_alternation(list(policy)) if policy else (None, {}, {})
+    wanted = {}
+    for name, dtype in dtypes.items():
+        found = patterns.search(name) if patterns and dtype.is_floating_point else None
+        wanted[name] = policy[groups[found.lastgroup]] if found and found.lastgroup else dtype
+    return wanted
+
+
+def _restore_dtypes(model: "PreTrainedModel", wanted: Mapping[str, torch.dtype]) -> None:
+    """Cast what some versions of the library leave in the file's dtype: renamed dense tensors."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in dtypes or not tensor.is_floating_point():
-            continue
-        found = patterns.search(name) if patterns else None
-        wanted = policy[groups[found.lastgroup]] if found and found.lastgroup else dtypes[name]
-        if tensor.dtype != wanted:
-            tensor.data = tensor.data.to(wanted)
+        if name in wanted and tensor.is_floating_point() and tensor.dtype != wanted[name]:
+            tensor.data = tensor.data.to(wanted[name])
 
 
 def register() -> None:
