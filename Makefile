@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench-gpu clean
+.PHONY: demo test lint format bench-gpu wheel clean
 
 demo: $(READY)
 	$(BIN)/fewbit demo
@@ -24,6 +24,10 @@ format: $(READY)
 # Checks, peaks, timings and tuning of the GPU at hand, in ten minutes; writes bench/results/.
 bench-gpu: $(READY)
 	$(BIN)/python -m bench.gpu
+
+# With the compiled library inside, for machines without a compiler; into dist/.
+wheel: $(READY)
+	$(BIN)/python -m fewbit.quant.native.build_wheel dist
 
 # torch comes first and pinned, so that nothing pulls in a build for GPUs that are not there.
 $(READY): pyproject.toml constraints.txt

@@ -47,7 +47,7 @@ from ..quant.recipe import check_resident
 
 VERSION = 1
 MANIFEST = "fewbit.json"
-CODECS = {"rans32": 1}
+CODECS = {"rans32": 1, "dictionary": 1}
 MAX_INLINE_EXCEPTIONS = 1000
 _CHECKSUM_KEY = b',\n"crc32c": "'
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .coded_files import split_name
+from .coded_files import logical_name
 from .journal import write_atomic
 from .report_facts import KeptTensor, Provenance, Report, TensorReport, tensor_class
 from .report_page import render_page
@@ -63,10 +63,9 @@ def _kept_tensors(job: Any, writer: Any) -> tuple[KeptTensor, ...]:
     sizes: dict[str, int] = {}
     coded = set()
     for _, item in writer.stored():
-        split = split_name(item.name)
-        name = split[0] if split else item.name
+        name = logical_name(item.name)
         sizes[name] = sizes.get(name, 0) + item.end - item.begin
-        coded |= {name} if split else set()
+        coded |= {name} if name != item.name else set()
     return tuple(
         KeptTensor(
             tensor.key,

@@ -29,12 +29,13 @@ from typing import IO, Any
 import google_crc32c
 import torch
 
+from ..quant.codecs import dictionary
 from ..quant.codecs.coded import SUFFIX
 from ..quant.codecs.encoder import Encoder
 from ..quant.errors import CheckpointError
 from ..quant.format import PartSpec
 from .chunked import Chunked, bytes_of, checked, repeatable
-from .coded_files import open_coded, split_name
+from .coded_files import logical_name, open_coded, split_name
 from .journal import JOURNAL, Journal, named_os_errors, sync_folder
 from .shards import (
     DTYPE_NAMES,
@@ -211,13 +212,37 @@ class CheckpointWriter:
         encoder = Encoder(spec.dtype, spec.shape, self.folder)
         for chunk in chunks:
             encoder.count(chunk)
-        if not encoder.settle():
+        worth = encoder.settle()
+        bound = encoder.expected_bytes if worth else spec.n_bytes
+        if spec.ternary_columns is not None and self._write_ternary(
+            data, name, chunks, spec, bound
+        ):
+            return
+        if not worth:
             self._write_tensor(data, name, chunks, spec)
             return
         raw = (piece for chunk in chunks for piece in encoder.encode(chunk))
         self._append(data, f"{name}{SUFFIX}raw", "U8", None, raw)
         for plane, pieces in encoder.planes():
             self._append(data, f"{name}{SUFFIX}{plane}", "U8", None, pieces)
+
+    def _write_ternary(
+        self,
+        data: IO[bytes],
+        name: str,
+        chunks: Iterable[torch.Tensor],
+        spec: PartSpec,
+        bound: float,
+    ) -> bool:
+        """Write a part of ternaries coded by `dictionary` if that takes less than `bound` bytes."""
+        assert spec.ternary_columns is not None, f"{name} holds no ternaries"
+        codes = torch.cat(list(chunks)).view(spec.shape)
+        planes = dictionary.encode_part(codes, spec.ternary_columns)
+        if sum(plane.numel() for plane in planes.values()) >= bound:
+            return False
+        for plane, value in planes.items():
+            self._append(data, f"{name}{dictionary.SUFFIX}{plane}", "U8", None, [value])
+        return True
 
     def _write_tensor(
         self, data: IO[bytes], name: str, chunks: Iterable[torch.Tensor], spec: PartSpec
@@ -304,12 +329,13 @@ class CheckpointWriter:
     def read_back(self, unit: int, name: str) -> torch.Tensor:
         """A finished unit's tensor, from the complete or partial shard; checksums are compared."""
         spec = self.units[unit].tensors[name]
-        items = {item.name: item for item in self.finished[unit]}
+        items = {item.name: item for item in self.finished[unit] if logical_name(item.name) == name}
         if name in items:
             return self._read_stored(unit, items[name]).view(spec.dtype).view(spec.shape)
-        planes = {key: self._read_stored(unit, item) for key, item in items.items()
-                  if (split_name(key) or ("",))[0] == name}  # fmt: skip
-        return open_coded(name, planes).decode()
+        split = split_name(next(iter(items)))
+        assert split is not None, f"{name} was stored neither plainly nor coded"
+        planes = {key: self._read_stored(unit, item) for key, item in items.items()}
+        return open_coded(name, split[1], planes).decode()
 
     def _read_stored(self, unit: int, item: Stored) -> torch.Tensor:
         """The bytes of a stored tensor, uint8."""

@@ -1,6 +1,7 @@
 """`fewbit doctor`: what this machine has, what will run on it, what is missing and how to get it.
 
-`doctor` gathers facts and changes nothing: no network, no kernel is compiled or run.
+`doctor` gathers facts and changes nothing: no network, no kernel is compiled or run. Only the native
+library is made, as its first use would do.
 `find_problems` is a pure function of those facts; each problem comes with its remedy. A machine
 without a GPU has no problem for that: everything works there, slower.
 """
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 
+from .codecs import rans32
 from .dispatch import explain, m_bucket
 from .errors import NoKernelError
 from .formats.int_group import IntGroupOptions
 from .kernel import Problem
+from .native import compiler
 from .policy import current_policy
 
 # Optional package -> the extra that installs it.
@@ -50,6 +53,7 @@ def doctor() -> dict[str, Any]:
         "driver": _DRIVER.read_text().splitlines()[0] if _DRIVER.is_file() else None,
         "cuda": torch.version.cuda,
         "compiler": _compiler(),
+        "native": _native(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "kernels": _kernels("cuda" if torch.cuda.is_available() else "cpu"),
     }
@@ -62,6 +66,7 @@ def find_problems(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         *_package_problems(facts),
         *_gpu_problems(facts),
         *_machine_problems(facts),
+        *_native_problems(facts),
     ]
     if facts["kernels"]["error"]:
         found.append((facts["kernels"]["error"], "unset FEWBIT_KERNEL"))
@@ -113,6 +118,15 @@ def _machine_problems(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             f"{_size(here['free_bytes'])} free on the disk of {here['path']}",
             "free some space, or write to another disk with -o",
+        )
+
+
+def _native_problems(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    native = facts["native"]
+    if native["why_not"] and not native["off"]:
+        yield (
+            f"lossless coding runs in numpy, some twenty times slower: {native['why_not']}",
+            "do what it says, or install a wheel of fewbit that carries the library (`make wheel`)",
         )
 
 
@@ -212,6 +226,18 @@ def _compiler() -> str | None:
     return None
 
 
+def _native() -> dict[str, Any]:
+    """The library for lossless coding. engine: avx512, avx2, scalar or numpy. path: of the library;
+    None without one, and then why_not is a sentence. off: that is what the environment asks for."""
+    library = compiler.library()
+    return {
+        "engine": rans32.engine_name(),
+        "path": None if library is None else library._name,
+        "why_not": compiler.why_not(),
+        "off": compiler.is_off(),
+    }
+
+
 def _kernels(device: str) -> dict[str, Any]:
     """What runs int_group weights on `device`: the choice for each sample, and who refuses why.
 
@@ -277,7 +303,9 @@ def doctor_text(facts: Mapping[str, Any]) -> str:
         f"memory      {'unknown' if memory is None else _size(memory)}",
         *(f"disk        {_size(disk[at]['free_bytes'])} free, {disk[at]['path']}" for at in disk),
         *_gpu_lines(facts),
-        f"compiler    {facts['compiler'] or 'missing (only triton needs one)'}",
+        f"compiler    {facts['compiler'] or 'missing (for triton and the native library)'}",
+        f"native      {facts['native']['engine']}: "
+        f"{facts['native']['path'] or facts['native']['why_not']}",
         *(f"environment {name}={value}" for name, value in facts["environment"].items()),
         "packages",
         *(f"  {name:16s}{found or _absent(name)}" for name, found in facts["packages"].items()),

@@ -9,7 +9,7 @@ by `unpack`.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any, Protocol
 
@@ -24,10 +24,14 @@ Parts = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PartSpec:
-    """dtype and shape of a stored part, known before any weight was read."""
+    """dtype and shape of a stored part, known before any weight was read.
+
+    ternary_columns: K, if the part holds K ternaries a row, five in a byte; for a codec of their own.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    ternary_columns: int | None = field(default=None, compare=False)
 
     @property
     def n_bytes(self) -> int:

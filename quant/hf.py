@@ -45,8 +45,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..export.coded_files import PLANE_NAMES
 from ..export.metadata import VERSION, read_manifest
-from .codecs.coded import PLANES, SUFFIX
 from .errors import CheckpointError
 from .format import dequantize
 from .fused import find_groups, fuse
@@ -244,8 +244,8 @@ def _part_pattern(stored: StoredCheckpoint) -> str:
     """Matches the name of every part of a packed weight and every plane of a coded tensor, however
     the library renames modules."""
     parts = {part for module in stored.modules.values() for part in module.parts}
-    planes = {f"{SUFFIX[1:]}{plane}" for plane in PLANES}
-    return rf"\.({'|'.join(map(re.escape, sorted(parts | planes)))})$"
+    names = sorted(parts | set(PLANE_NAMES))
+    return rf"\.({'|'.join(map(re.escape, names))})$"
 
 
 def _renamed(key: str, conversions: Sequence[Any]) -> str:

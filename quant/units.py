@@ -18,7 +18,7 @@ from ..calibrate.data import CalibrationSet
 from ..calibrate.protocol import PlannedBlockTransform, PlannedPass
 from ..export.checkpoint import Checkpoint
 from ..export.chunked import Chunked
-from ..export.coded_files import split_name
+from ..export.coded_files import logical_name
 from ..export.shards import Stored
 from ..export.writer import CheckpointWriter
 from .block import Block, Weight
@@ -263,8 +263,7 @@ def count_stored(
     """Set the bytes of each row to what was written: coding makes parts smaller than planned."""
     sizes: dict[str, int] = {}
     for item in stored:
-        split = split_name(item.name)
-        name = split[0] if split else item.name
+        name = logical_name(item.name)
         sizes[name] = sizes.get(name, 0) + item.end - item.begin
     planned = {job.plan[key].module: job.plan[key].specs() for key in keys}
     for row in rows:

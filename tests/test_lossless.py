@@ -20,6 +20,7 @@ from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.export_command import export
 from fewbit.quant.load import load
 from fewbit.quant.pipeline import quantize
+from fewbit.quant.stored import open_stored
 from planted import bundled_model
 from tiny_models import make_tokens, save
 
@@ -251,6 +252,33 @@ def test_other_recipes_get_smaller_and_compute_the_same(recipe, tmp_path):
     with torch.no_grad():
         wanted = load(tmp_path / "plain", device="cpu")(tokens).logits
         assert same(load(tmp_path / "coded", device="cpu")(tokens).logits, wanted)
+
+
+def test_ternary_parts_take_the_smaller_of_two_codecs(tmp_path):
+    """Few weights: the dictionary, which stores no tables. Many: rans32."""
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "src"
+    folder.mkdir()
+    tensors = {
+        f"{name}.weight": torch.randn(rows, columns, generator=generator).bfloat16()
+        for name, rows, columns in [("few", 32, 320), ("many", 512, 1024)]
+    }
+    save_file(tensors, folder / "model.safetensors")
+    settings = ['weights={format="ternary"}']
+    for name, more in [("plain", []), ("coded", ["lossless=true"])]:
+        quantize(folder, tmp_path / name, recipe="w4a16-rtn", settings=[*settings, *more])
+    names = read_header(tmp_path / "coded" / "model.safetensors").entries
+    assert "few.codes.dictionary.codewords" in names and "many.codes.rans32.words" in names
+    quant.inspect(tmp_path / "coded", verify=True)
+    plain, found = open_stored(tmp_path / "plain"), open_stored(tmp_path / "coded")
+    for name in plain.tensors:
+        assert same(found.contents()[name], plain.contents()[name])
+        assert found.tensors[name].n_bytes <= plain.tensors[name].n_bytes
+    data = bytearray((tmp_path / "coded" / "model.safetensors").read_bytes())
+    data[names["few.codes.dictionary.codewords"].begin + 9] ^= 1
+    (tmp_path / "coded" / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"few\.codes: "):
+        open_stored(tmp_path / "coded").contents()["few.codes"]
 
 
 def test_a_calibrated_run_resumes_from_coded_blocks(tmp_path):

@@ -82,7 +82,9 @@ class Layout:
         last = (sizes.astype(np.int64) - 1) // self.piece
         ends = last * self.stride + (sizes - last * self.piece) * kind.n_planes
         if starts.min() < 0 or starts.max() > n_bytes or (starts + ends).max() > n_bytes:
-            raise ValueError(f"a chunk ends behind the buffer's {n_bytes} bytes, or starts before it")
+            raise ValueError(
+                f"a chunk ends behind the buffer's {n_bytes} bytes, or starts before it"
+            )
 
 
 def flat_layout(n_elements: int, kind: Kind) -> Layout:

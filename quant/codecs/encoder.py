@@ -56,6 +56,7 @@ class Encoder:
         self._head = head_of(dtype, shape, (True,) * kind_of(dtype).n_planes)
         self._counts = np.zeros((len(self._head.coded), 256), np.int64)
         self._freq = np.zeros((len(self._head.coded), 256), np.uint16)
+        self.expected_bytes = 0.0  # of all planes but head, known once it has settled
         self._rest = np.empty(0, np.uint8)
         self._done = 0  # chunks
         self._words: IO[bytes] | None = None
@@ -85,6 +86,7 @@ class Encoder:
         total = sum(size if use else n for size, use in zip(sizes, coded, strict=True))
         if not any(coded) or total + 4 * streams >= WORTH * n * self.dtype.itemsize:
             return False
+        self.expected_bytes = total + 4 * streams
         self._head = head_of(self.dtype, self.shape, coded)
         for plane, use in enumerate(coded):
             if use:

@@ -95,8 +95,8 @@ def starts(freq: np.ndarray) -> np.ndarray:
 def slots(freq: np.ndarray) -> np.ndarray:
     """uint32 [4096], what a decoder reads at slot x & 4095.
 
-        bit  31........20  19........8  7......0
-             f             slot - start symbol
+    bit  31........20  19........8  7......0
+         f             slot - start symbol
     """
     symbols = np.repeat(np.arange(256, dtype=np.uint32), freq)
     bias = np.arange(TOTAL, dtype=np.uint32) - starts(freq)[symbols]

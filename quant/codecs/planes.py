@@ -65,7 +65,7 @@ def split(elements: np.ndarray, kind: Kind) -> np.ndarray:
             f"{kind.name} elements must be a 1-D uint8 array of a multiple of {n_planes} bytes, "
             f"got {elements.dtype} {elements.shape}"
         )
-    planes = np.ascontiguousarray(elements.reshape(-1, n_planes)[:, ::-1].T)
+    planes = np.array(elements.reshape(-1, n_planes)[:, ::-1].T, order="C")
     if kind in (Kind.BF16, Kind.FP32):
         high, low = planes[0].copy(), planes[1]
         planes[0] = (high << 1) | (low >> 7)

@@ -33,7 +33,9 @@ def _engine() -> ModuleType:
     if compiler.library() is not None:
         return rans32_native
     if not compiler.is_off():
-        _LOG.warning("lossless coding runs in numpy, some twenty times slower: %s", compiler.why_not())
+        _LOG.warning(
+            "lossless coding runs in numpy, some twenty times slower: %s", compiler.why_not()
+        )
     return rans32_numpy
 
 
@@ -87,7 +89,9 @@ def decode_symbols(group: Group, n: int, freq: np.ndarray) -> np.ndarray:
 def _check_buffer(data: np.ndarray, kind: Kind, layout: Layout) -> None:
     """`ValueError` unless this is a plain buffer in which the chunks lie."""
     if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
-        raise ValueError(f"a buffer must be contiguous uint8 [bytes], got {data.dtype} {data.shape}")
+        raise ValueError(
+            f"a buffer must be contiguous uint8 [bytes], got {data.dtype} {data.shape}"
+        )
     layout.check(data.size, kind)
 
 

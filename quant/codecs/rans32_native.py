@@ -76,11 +76,11 @@ def encode(data: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> Gr
     kept, freq = _plain(layout), _aligned(freq)
     chunks, target = _chunks(data, kind, kept), _group(group, n)
     _raise(
-        _library().fewbit_rans32_encode(
-            ctypes.byref(chunks), _pointer(freq), ctypes.byref(target)
-        )
+        _library().fewbit_rans32_encode(ctypes.byref(chunks), _pointer(freq), ctypes.byref(target))
     )
-    return Group(group.raw, group.words[: int(group.index[-1])], group.index, group.state, group.crc)
+    return Group(
+        group.raw, group.words[: int(group.index[-1])], group.index, group.state, group.crc
+    )
 
 
 def decode(group: Group, out: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> None:

@@ -225,7 +225,9 @@ def _decode_streams(
             freq, size,
         )  # fmt: skip
         if wrong.any():
-            raise Damage(int(chunks[ours[wrong.argmax()]]), "the decoder does not end where it must")
+            raise Damage(
+                int(chunks[ours[wrong.argmax()]]), "the decoder does not end where it must"
+            )
 
 
 def _decode_rans(

@@ -1,10 +1,15 @@
-"""Coded tensors in files: found by their names, described by their heads, read as if they were plain."""
+"""Coded tensors in files: found by name, described by their heads, read as if they were plain."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbit.export.coded_files import DecodedTensors, split_name, stored_tensors
+from fewbit.export.coded_files import (
+    DecodedTensors,
+    logical_name,
+    split_name,
+    stored_tensors,
+)
 from fewbit.export.safetensors_file import read_header
 from fewbit.export.shards import UnitPlan
 from fewbit.export.writer import CheckpointWriter
@@ -33,7 +38,10 @@ def path(tensors, tmp_path):
 
 
 def test_names():
-    assert split_name("a.b.weight.rans32.words") == ("a.b.weight", "words")
+    assert split_name("a.b.weight.rans32.words") == ("a.b.weight", "rans32", "words")
+    assert split_name("a.codes.dictionary.row_off") == ("a.codes", "dictionary", "row_off")
+    assert logical_name("a.codes.dictionary.head") == "a.codes"
+    assert logical_name("a.codes") == "a.codes"
     for plain in ("a.weight", "rans32.words", ".rans32.words", "a.rans32.other", "a.words"):
         assert split_name(plain) is None
 
@@ -65,7 +73,9 @@ def test_a_plane_of_another_dtype_is_named(path):
     raw = load_file(path)
     raw["a.weight.rans32.crc"] = raw["a.weight.rans32.crc"].view(torch.int32)
     save_file(raw, path)
-    with pytest.raises(CheckpointError, match=r"a\.weight\.rans32\.crc must be uint8 with one axis"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.weight\.rans32\.crc must be uint8 with one axis"
+    ):
         stored_tensors((read_header(path),))
 
 
@@ -73,7 +83,7 @@ def test_plain_and_coded_at_once(path):
     raw = load_file(path)
     raw["a.weight"] = torch.zeros(2, 2)
     save_file(raw, path)
-    with pytest.raises(CheckpointError, match=r"a\.weight is stored both plainly and coded"):
+    with pytest.raises(CheckpointError, match=r"a\.weight is stored twice, plainly or coded"):
         stored_tensors((read_header(path),))
 
 
@@ -81,5 +91,7 @@ def test_a_damaged_head_names_file_and_tensor(path):
     raw = load_file(path)
     raw["a.weight.rans32.head"][9] ^= 4
     save_file(raw, path)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: a\.weight: the head's checksum"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: a\.weight: the head's checksum"
+    ):
         stored_tensors((read_header(path),))

@@ -23,6 +23,7 @@ SOUND: dict[str, Any] = {
     "driver": None,
     "cuda": None,
     "compiler": "cc: 12",
+    "native": {"engine": "avx2", "path": "/c/f.so", "why_not": None, "off": False},
     "kernels": {"error": None},
 }  # fmt: skip
 GPU = {"name": "H", "architecture": "sm90", "memory_bytes": 80e9}
@@ -30,12 +31,13 @@ WITH_GPU = {
     "driver": "550", "cuda": "12.4", "gpus": [GPU],
     "packages": {"triton": "3.2", "cupy-cuda12x": "13"},
 }  # fmt: skip
+_MERGED = ("system", "kernels", "native")
 
 
 def problems(**changes: Any) -> list[dict[str, str]]:
     facts = copy.deepcopy(SOUND)
     for key, value in changes.items():
-        facts[key] = {**facts[key], **value} if key in ("system", "kernels") else value
+        facts[key] = {**facts[key], **value} if key in _MERGED else value
     return find_problems(facts)
 
 
@@ -66,6 +68,11 @@ def test_a_sound_machine_has_no_problem_with_or_without_a_gpu() -> None:
         ({"system": {"threads": 1}}, "1 of 8 cores", "OMP_NUM_THREADS"),
         ({"system": {"memory_bytes": 1e9}}, "1.0 GB of memory", "more memory"),
         ({"disk": {"here": {"path": "/d", "free_bytes": 1e9}}}, "1.0 GB free on", "-o"),
+        (
+            {"native": {"engine": "numpy", "path": None, "why_not": "no compiler; install gcc"}},
+            "numpy, some twenty times slower: no compiler; install gcc",
+            "make wheel",
+        ),
         ({"kernels": {"error": "FEWBIT_KERNEL=x"}}, "FEWBIT_KERNEL=x", "unset FEWBIT_KERNEL"),
     ],
 )
@@ -76,6 +83,11 @@ def test_each_problem_is_found_with_its_remedy(
     assert len(found) == 1
     assert problem in found[0]["problem"]
     assert remedy in found[0]["remedy"]
+
+
+def test_who_asks_for_numpy_gets_it_without_a_complaint() -> None:
+    native = {"engine": "numpy", "path": None, "why_not": "FEWBIT_NATIVE=off asks", "off": True}
+    assert problems(native=native) == []
 
 
 def test_other_processors_are_not_blamed_for_lacking_avx() -> None:
@@ -97,6 +109,8 @@ def test_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "path": str(Path.cwd()), "free_bytes": pytest.approx(facts["disk"]["here"]["free_bytes"]),
     }  # fmt: skip
     assert facts["environment"]["HF_HUB_OFFLINE"] == "1"
+    native = facts["native"]
+    assert (native["engine"] == "numpy") == (native["path"] is None) == bool(native["why_not"])
     kernels = facts["kernels"]
     assert set(kernels["chosen"]) == {"w4 m=1", "w4 m=512", "w8 m=1", "w8 m=512"}
     assert "reference" in kernels["usable"]
@@ -125,6 +139,10 @@ def test_text_shows_facts_and_problems() -> None:
     assert text.endswith("no problems found")
     assert "triton          missing (optional): pip install 'fewbit[triton]'" in text
     assert facts["system"]["cpu"] in text
+    facts["native"] = {"engine": "avx2", "path": "/c/f.so", "why_not": None, "off": False}
+    assert "native      avx2: /c/f.so\n" in doctor_text(facts)
+    facts["native"] |= {"engine": "numpy", "path": None, "why_not": "no compiler; install gcc"}
+    assert "native      numpy: no compiler; install gcc\n" in doctor_text(facts)
     facts["problems"] = [{"problem": "it is broken", "remedy": "mend it"}]
     assert doctor_text(facts).endswith("problems\n  it is broken\n    -> mend it")
     facts.update(gpus=[GPU], driver="driver 550", cuda="12.4")
