@@ -14,7 +14,7 @@ from ..quant.format import PartSpec
 # A tensor on its way to a file: its name and its bytes as row chunks in order. Coding reads them twice:
 # what can be iterated only once is kept until then.
 Chunked = tuple[str, Iterable[torch.Tensor]]
-KEPT_BYTES = 64 << 20  # of such chunks in memory; more go to a file
+KEPT_BYTES = 128 << 20  # of such chunks in memory; more go to a file
 
 
 def crc32c(tensor: torch.Tensor) -> str:

@@ -59,8 +59,9 @@ class Encoder:
         self.expected_bytes = 0.0  # of all planes but head, known once it has settled
         self._rest = np.empty(0, np.uint8)
         self._done = 0  # chunks
-        self._words: IO[bytes] | None = None
-        self._n_words = 0
+        self._words: list[Bytes] = []
+        self._spilled: IO[bytes] | None = None  # words that came before `_words`
+        self._n_words = self._n_held = 0  # bytes of all words, and of those in memory
         self._small: dict[str, list[Any]] = {"state": [], "index": [], "crc": []}
 
     def count(self, rows: torch.Tensor) -> None:
@@ -91,7 +92,6 @@ class Encoder:
         for plane, use in enumerate(coded):
             if use:
                 self._freq[plane] = normalize(self._counts[plane])
-        self._words = tempfile.SpooledTemporaryFile(WORDS_BYTES, dir=self._folder)  # noqa: SIM115
         return True
 
     def encode(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -111,12 +111,12 @@ class Encoder:
 
     def planes(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         """After the second pass: every plane but `raw`, in the order of writing."""
-        if self._done != self._head.n_chunks or self._words is None:
+        if self._done != self._head.n_chunks:
             raise ValueError(f"encoded {self._done} of {self._head.n_chunks} chunks")
         index = np.concatenate([*self._small["index"], np.array([self._n_words], np.uint64)])
         index_bytes = index.astype("<u8").tobytes()
         freq = self._freq[list(self._head.coded)].astype("<u2").tobytes()
-        yield "words", _pieces(self._words)
+        yield "words", self._all_words()
         yield "state", [_tensor(np.concatenate(self._small["state"]).astype("<u4").tobytes())]
         yield "index", [_tensor(index_bytes)]
         yield "crc", [_tensor(np.concatenate(self._small["crc"]).astype("<u4").tobytes())]
@@ -126,7 +126,6 @@ class Encoder:
             google_crc32c.value(freq), google_crc32c.value(index_bytes),
         )  # fmt: skip
         yield "head", [_tensor(head.to_bytes())]
-        self._words.close()
 
     def _encode_group(self, data: Bytes) -> Iterator[torch.Tensor]:
         """Whole bands: their layout is that of a tensor which holds nothing else."""
@@ -145,12 +144,29 @@ class Encoder:
         self._done += n
 
     def _keep(self, group: Group) -> None:
-        assert self._words is not None, "encoding before settling"
         self._small["state"].append(group.state)
         self._small["index"].append(group.index[:-1] + np.uint64(self._n_words))
         self._small["crc"].append(group.crc)
-        self._words.write(memoryview(group.words))
+        self._words.append(group.words)
         self._n_words += group.words.size
+        self._n_held += group.words.size
+        if self._n_held > WORDS_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if self._spilled is None:
+            self._spilled = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - nameless
+        for words in self._words:
+            self._spilled.write(memoryview(words))
+        self._words, self._n_held = [], 0
+
+    def _all_words(self) -> Iterator[torch.Tensor]:
+        if self._spilled is not None:
+            self._spilled.seek(0)
+            while data := self._spilled.read(_PIECE_BYTES):
+                yield _tensor(data)
+            self._spilled.close()
+        yield from (torch.from_numpy(words) for words in self._words if words.size)
 
     def _flat_layout(self, rows: torch.Tensor) -> tuple[Bytes, Layout]:
         """Any division into chunks will do for counting."""
@@ -193,9 +209,3 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-def _pieces(file: IO[bytes]) -> Iterator[torch.Tensor]:
-    file.seek(0)
-    while data := file.read(_PIECE_BYTES):
-        yield _tensor(data)
