@@ -15,7 +15,9 @@ FLOORS = {
         "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
         "quant.byte_lanes", "quant.machine", "quant.cost_model", "quant.policy",
         "quant.ladder", "quant.tuned_table", "quant.tuned_text", "quant.tuned_file",
-        "quant.kv_view", "quant.kv_softmax", "quant.kv_write"},
+        "quant.kv_view", "quant.kv_softmax", "quant.kv_write",
+        "quant.kv_stream_codes", "quant.kv_stream_predict", "quant.kv_stream_frame",
+        "quant.kv_stream_piece", "quant.kv_stream_profile", "quant.kv_stream_control"},
     4: {"quant.evaluate", "quant.score", "quant.plan", "quant.inspect", "quant.doctor",
         "quant.autotune", "quant.cli", "quant.demo", "quant.generate", "quant.progress",
         "quant.kernel_report", "quant.timing", "quant.child", "quant.compile_pool",
@@ -44,7 +46,7 @@ def floor_of(module):
     for floor, members in FLOORS.items():
         if module in members:
             return floor
-    if module.startswith(("quant.formats", "quant.native")):
+    if module.startswith(("quant.formats", "quant.codecs", "quant.native")):
         return 1
     if module.split(".")[0] in ("calibrate", "export", "kernels_triton", "kernels_cuda"):
         return 2

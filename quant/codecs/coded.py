@@ -341,15 +341,19 @@ class CodedTensor:
 
     def _decode_run(self, start: int, stop: int, out: Bytes, layout: Layout) -> None:
         try:
-            decode(self._group(start, stop), out, self.head.kind, layout, self._freq)
+            decode(self._group(start, stop), out, self.head.kind, layout, self.freq)
         except Damage as damage:
             raise CheckpointError(
                 f"{self.name}: chunk {start + damage.chunk} of {self.head.n_chunks}: "
                 f"{damage.reason}; {_AGAIN}"
             ) from damage
 
+    def group(self) -> Group:
+        """All chunks, for decoders of other devices."""
+        return self._group(0, self.head.n_chunks)
+
     @property
-    def _freq(self) -> Any:
+    def freq(self) -> Any:
         """Tables of all planes, zero for raw ones, uint16 [planes, 256]."""
         table = np.zeros((len(self.head.coded), 256), np.uint16)
         table[list(self.head.coded)] = self._numbers("freq", "<u2").reshape(-1, 256)

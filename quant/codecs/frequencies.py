@@ -4,8 +4,11 @@ Frequencies of a plane: uint16 [256], sum 4096, at least 1 for a symbol that occ
 symbol of count n and frequency f costs n · log2(4096 / f) bits. This sum is convex in each f, so that
 moving one unit at a time, from where it costs least to where it gains most, ends at its minimum:
 
-    f = max(1, floor(4096 n / N)), then units are added or taken until the sum is 4096, then moved
+    f = max(1, round(s · n / N)) with s so that the sum is as near to 4096 as bisection finds,
+    then units are added or taken until it is 4096, then moved
 
+At the minimum all n · ln((f + 1) / f) ≈ n / (f + ½) lie below, all n / (f - ½) above one number, which
+is what rounding n times a constant does: little is left to move.
 The logarithms come from a series in +, ·, / alone, so that every machine finds the same frequencies
 (log2 of numpy differs by an ulp between instruction sets). A plane in which only one symbol occurs
 gets 4095 for it and 1 for the next value. All zeros mean that a plane is not coded.
@@ -48,11 +51,23 @@ def normalize(counts: np.ndarray) -> np.ndarray:
     return freq
 
 
+def _rounded(share: np.ndarray) -> np.ndarray:
+    """int64: shares times a constant, rounded, at least 1, that sum to about 4096."""
+    low, high = 0.0, 2.0 * TOTAL
+    while high - low > 0.25:
+        scale = (low + high) / 2
+        freq = np.clip((share * scale + 0.5).astype(np.int64), 1, LARGEST)
+        missing = TOTAL - int(freq.sum())
+        if missing == 0:
+            break
+        low, high = (scale, high) if missing > 0 else (low, scale)
+    return freq
+
+
 def _cheapest(counts: np.ndarray) -> np.ndarray:
     """Frequencies of at least two symbols that occur."""
-    total = float(counts.sum())
     weight = counts.astype(np.float64)
-    freq = np.clip((weight * (TOTAL / total)).astype(np.int64), 1, LARGEST)
+    freq = _rounded(weight / float(counts.sum()))
     gains = _gains()
     while True:
         missing = TOTAL - int(freq.sum())

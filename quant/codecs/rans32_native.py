@@ -6,7 +6,7 @@ The structs mirror quant/native/native.h. Arrays are made contiguous and aligned
 """
 
 import ctypes
-from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,7 +30,7 @@ _NO_MEMORY = 9
 class _Chunks(ctypes.Structure):
     """struct fewbit_chunks."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar = [
         ("data", ctypes.c_void_p), ("n_bytes", ctypes.c_uint64), ("starts", ctypes.c_void_p),
         ("sizes", ctypes.c_void_p), ("n_chunks", ctypes.c_uint64), ("piece", ctypes.c_uint64),
         ("stride", ctypes.c_uint64), ("kind", ctypes.c_int32), ("isa", ctypes.c_int32),
@@ -40,7 +40,7 @@ class _Chunks(ctypes.Structure):
 class _Group(ctypes.Structure):
     """struct fewbit_group."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar = [
         ("raw", ctypes.c_void_p), ("n_elements", ctypes.c_uint64), ("words", ctypes.c_void_p),
         ("words_bytes", ctypes.c_uint64), ("index", ctypes.c_void_p), ("state", ctypes.c_void_p),
         ("crc", ctypes.c_void_p),

@@ -1,0 +1,95 @@
+"""The binding: what it passes on when arrays lie oddly, threads, and codes that become errors.
+
+Streams, damage and sizes are tested with every engine in test_rans32.py.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from fewbit.quant.codecs import rans32_native
+from fewbit.quant.codecs.chunks import Damage, Group, flat_layout
+from fewbit.quant.codecs.frequencies import normalize
+from fewbit.quant.codecs.planes import Kind
+from fewbit.quant.native import compiler
+
+pytestmark = pytest.mark.skipif(compiler.library() is None, reason=str(compiler.why_not()))
+
+
+def exponents(n, seed=0):
+    return np.random.default_rng(seed).binomial(30, 0.3, n).astype(np.uint8)
+
+
+def shifted(array):
+    """The same values at an address that is not a multiple of their size."""
+    buffer = np.empty(array.nbytes + 1, np.uint8)[1:]
+    buffer[:] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    return buffer.view(array.dtype).reshape(array.shape)
+
+
+def test_arrays_of_any_address_and_stride():
+    symbols = exponents(50001)
+    layout, freq = flat_layout(50001, Kind.BYTE), normalize(np.bincount(symbols, minlength=256))
+    freq = np.repeat(freq[None], 2, axis=1)[:, ::2]
+    group = rans32_native.encode(shifted(symbols), Kind.BYTE, layout, freq)
+    moved = Group(
+        *(shifted(getattr(group, name)) for name in ("raw", "words", "index", "state", "crc"))
+    )
+    out = shifted(np.zeros_like(symbols))
+    rans32_native.decode(moved, out, Kind.BYTE, layout, freq)
+    np.testing.assert_array_equal(out, symbols)
+
+
+def test_checksums_are_crc32c():
+    library = compiler.library()
+    assert library.fewbit_crc32c(0, b"123456789", 9) & 0xFFFFFFFF == 0xE3069283
+    data = np.random.default_rng(0).integers(0, 256, 70000, np.uint8).tobytes()
+    for n in (*range(70), 2047, 2048, 16383, 16384, 65537):
+        assert library.fewbit_crc32c(0, data, n) & 0xFFFFFFFF == google_crc32c.value(data[:n])
+    halves = library.fewbit_crc32c(library.fewbit_crc32c(0, data, 1000), data[1000:], 9000)
+    assert halves & 0xFFFFFFFF == google_crc32c.value(data[:10000])
+
+
+def test_threads_code_at_the_same_time():
+    parts = [exponents(70000, seed) for seed in range(16)]
+    layout = flat_layout(70000, Kind.BYTE)
+    freq = normalize(np.bincount(np.concatenate(parts), minlength=256))[None]
+
+    def there_and_back(part):
+        out = np.empty_like(part)
+        group = rans32_native.encode(part, Kind.BYTE, layout, freq)
+        rans32_native.decode(group, out, Kind.BYTE, layout, freq)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        for part, out in zip(parts, pool.map(there_and_back, parts), strict=True):
+            np.testing.assert_array_equal(out, part)
+
+
+def test_codes_become_errors():
+    with pytest.raises(Damage, match="chunk 4: the checksum"):
+        rans32_native._raise(7, 4)
+    with pytest.raises(MemoryError):
+        rans32_native._raise(9)
+    with pytest.raises(ValueError, match="code 8"):
+        rans32_native._raise(8)
+    rans32_native._raise(0)
+
+
+def test_c_refuses_what_python_let_through():
+    """The layout is checked again behind the facade."""
+    data = exponents(100)
+    freq = normalize(np.bincount(data, minlength=256))[None]
+    with pytest.raises(ValueError, match="refuses its arguments"):
+        rans32_native.encode(data[:99], Kind.BYTE, flat_layout(100, Kind.BYTE), freq)
+    with pytest.raises(ValueError, match="refuses its arguments"):
+        rans32_native.count(data[:99], Kind.BYTE, flat_layout(100, Kind.BYTE))
+
+
+def test_the_engine_is_at_most_what_the_environment_allows(monkeypatch):
+    monkeypatch.setenv("FEWBIT_NATIVE_ISA", "scalar")
+    assert rans32_native.engine_name() == "scalar"
+    monkeypatch.delenv("FEWBIT_NATIVE_ISA")
+    assert rans32_native.engine_name() in compiler.ISA_NAMES
