@@ -34,6 +34,11 @@ def test_counts_and_slices(n):
     assert found[0][3][[0, -1]].tolist() == [7, 7] and found[0][1][0] == 99
 
 
+def test_gaps():
+    gaps = np.random.default_rng(0).integers(0, 32, 4_096, dtype=np.uint8)
+    assert np.array_equal(NATIVE.pack(gaps), NUMPY.pack(gaps))
+
+
 @pytest.mark.parametrize("n", [1, 12_000, 60_000])
 def test_decoding_writes_its_elements_only(n):
     values = normal(n)
