@@ -33,6 +33,7 @@ from fewbit.quant import reference
 from fewbit.quant.activation import integer_form
 from fewbit.quant.dispatch import m_bucket
 from fewbit.quant.format import dequantize, find_format, formats
+from fewbit.quant.formats.fle import Fle, FleOptions, to_fle
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.kernel import Kernel, Problem
@@ -49,7 +50,7 @@ _FEW_STEPS = 4  # of a lane, where checks are few
 _STRIDE = 8  # between neighbouring steps of a lane; it has no divisor in common with their number
 # On a CPU they get whole rows: torch's product of bf16 rows there reads behind the columns of a view
 # (2.13, K = 328, M = 33).
-_LIBRARY_PRODUCTS = ("triton_expand",)
+_LIBRARY_PRODUCTS = ("triton_expand", "triton_fle_decode")
 _SHIPPED: tuple[Layer, ...] = (
     ("int_group", IntGroupOptions(4, 128)),
     ("int_two_level", IntTwoLevelOptions(4, 128)),
@@ -61,6 +62,8 @@ _FEW: tuple[Layer, ...] = (
     *_SHIPPED[:3],
     ("int_group", IntGroupOptions(3, 32, False, "bf16")),
     ("int_two_level", IntTwoLevelOptions(4, 32, "zero")),
+    ("fle4", FleOptions()),
+    ("fle3", FleOptions()),
 )
 
 
@@ -174,6 +177,8 @@ def planted_weight(name: str, options: Any, n: int, k: int) -> PackedTensor:
     weight[0] = 0
     weight[1] *= 1e-2
     form = find_format(name)
+    if isinstance(form, Fle):  # rounds nothing
+        return to_fle(weight.bfloat16(), form.code_bits)
     padded = functional.pad(weight, (0, form.padded_k(k, options) - k))
     scales = form.fit(padded, options)
     codes, _ = form.round(padded, scales, 0, options)

@@ -8,7 +8,8 @@ candidates, with each of their configs. Their times are, in this order of trust,
     model   estimates
 
 and `ladder.py` makes a plan of them: ranges of M that share a candidate, ties within 3 % to the higher
-priority, then the name. No kernel is run for that, so two processes with the same inputs agree, and a
+priority, then the name. A kernel that is `measured_only` is chosen by a row or a rule, never by
+estimates. No kernel is run for that, so two processes with the same inputs agree, and a
 problem of a described machine can be decided on any other. Rules (`policy.py`) come first: a kernel
 that a rule forces but that refuses is an error with every reason, and so is a name that does not exist.
 `reference` takes what nothing else takes, with one warning.
@@ -29,7 +30,15 @@ import torch
 from . import cpu, cpu_int8, kv_softmax, kv_write, reference
 from .candidates import ladder_of, ranked, times_of
 from .errors import NoKernelError, nearest_name
-from .kernel import M_BUCKETS, AnyProblem, Kernel, Problem, Reason, bucket_of
+from .kernel import (
+    M_BUCKETS,
+    PROVEN_TIMES,
+    AnyProblem,
+    Kernel,
+    Problem,
+    Reason,
+    bucket_of,
+)
 from .ladder import Candidate, Rung, rung_of
 from .machine import Limit, limit_of, this_device
 from .packed import PackedTensor
@@ -196,14 +205,16 @@ def explain(
         refused[name] = (*refused.get(name, ()), _left_out(rule))
     open_times = times_of(tuple(known.values()), problem, tables)
     refused |= _without_candidate(known, problem, tables, set(refused), open_times)
-    times = {candidate: t for candidate, t in open_times.items() if candidate.kernel not in refused}
-    eligible = ranked(times, known)
-    if problem.device == "cpu" and problem.op == "linear":
-        refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
     rule = policy.forced(problem)
     if rule is not None and rule.op is None and rule.kernel in set(kernels()) - set(known):
         rule = None  # a bare name speaks of its own op only
     row = tables.row(problem, known)
+    deciding = None if policy.one_for_all_sizes or policy.speaks_of(problem) else row
+    refused |= _unproven(known, problem, set(refused), rule, deciding)
+    times = {candidate: t for candidate, t in open_times.items() if candidate.kernel not in refused}
+    eligible = ranked(times, known)
+    if problem.device == "cpu" and problem.op == "linear":
+        refused |= {name: (reason,) for name, reason in cpu.DENIED_OPS.items()}
     if rule is not None:
         chosen, rung, origin = _forced(rule, problem, times, refused), None, rule.origin
         chosen = _settled(chosen, row, known, problem, tables, policy)
@@ -211,8 +222,7 @@ def explain(
         reasons = "\n".join(_refusal_lines(refused))
         raise NoKernelError(f"no kernel is left for {problem}:\n{reasons}")
     else:
-        if policy.one_for_all_sizes or policy.speaks_of(problem):
-            row = None
+        row = deciding
         rung, origin = _planned(known, problem, tables, policy, frozenset(refused), row)
         chosen = rung.candidate
     seconds = times.get(chosen, dict(eligible).get(chosen.kernel, math.inf))
@@ -231,6 +241,28 @@ def explain(
         refused=refused,
         limit=limit_of(problem, seconds),
     )
+
+
+def _unproven(
+    known: Mapping[str, Kernel],
+    problem: AnyProblem,
+    refused: set[str],
+    rule: Rule | None,
+    row: Row | None,
+) -> dict[str, tuple[Reason, ...]]:
+    """Reasons against kernels that need a measurement, and that neither the rule nor the row of a
+    table chooses."""
+    entry = None if row is None else row.entry(problem.size)
+    chosen = {rule.kernel} if rule is not None else set()
+    if entry is not None and entry.measured:
+        chosen.add(entry.kernel)
+    reason = Reason(
+        "UNMEASURED",
+        f"not measured to be {PROVEN_TIMES} times as fast as the best other kernel, which it must be",
+        "run `fewbit autotune`, or force it",
+    )
+    asked = set(known) - refused - chosen
+    return {name: (reason,) for name in known if name in asked and known[name].measured_only}
 
 
 def _end(rung: Rung | None, problem: AnyProblem) -> int | None:
@@ -354,7 +386,8 @@ def _planned(
         if any(reason.code == "MEMORY" for reason in known[name].refuse(problem))
     )
     smallest = problem.at(problem.buckets[0])
-    ladder = ladder_of(tuple(known.values()), smallest, tables, policy, blocked)
+    open_to_estimates = tuple(kernel for kernel in known.values() if not kernel.measured_only)
+    ladder = ladder_of(open_to_estimates, smallest, tables, policy, blocked)
     near = tables.near(problem, known)
     return rung_of(ladder, problem.size), _NEAR if near else _MODEL
 

@@ -122,7 +122,8 @@ class Placed:
 class Problem(Placed):
     """One matrix product y[M, N] = x[M, K] · Ŵ[N, K]ᵀ, as the dispatcher sees it.
 
-    format: name of the weight's (first) format. options: its frozen options.
+    format: name of the weight's (first) format. options: its frozen options; fields that they leave
+    out of comparisons tell no two problems apart.
     m_bucket: smallest bucket that holds M. dtype, device, machine: see `Placed`.
     activation: name of the format that x is rounded to on the way in; None leaves it as it is.
     """
@@ -256,8 +257,8 @@ AnyProblem = Problem | AttentionProblem | RowsProblem
 
 
 def _told_options(name: str, options: Any) -> str:
-    """`int_group bits=4 group=128 ...`."""
-    told = "".join(f" {f.name}={getattr(options, f.name)}" for f in fields(options))
+    """`int_group bits=4 group=128 ...`: fields that tell problems apart, which comparisons use."""
+    told = "".join(f" {f.name}={getattr(options, f.name)}" for f in fields(options) if f.compare)
     return f"{name}{told}"
 
 
@@ -270,6 +271,8 @@ class Reason:
     text: str
     fix: str
 
+
+PROVEN_TIMES = 1.05  # as fast as all others, before a kernel that needs proof may run
 
 Config = tuple[tuple[str, int], ...]  # (name, value) of each choice that a kernel leaves open
 
@@ -321,6 +324,8 @@ class Kernel:
     source: hash of everything that the compiled code depends on, the compiler excepted.
     m_invariant: with one config, a row's result has the same bits whatever other rows are there.
         Integer products (`activation`) are so without saying it.
+    measured_only: estimates do not choose it, only a rule, or a tuned table for which it was measured
+        to be `PROVEN_TIMES` as fast as the best kernel that is not so.
     """
 
     name: str
@@ -335,3 +340,4 @@ class Kernel:
     compile: Compile | None = None
     source: str = ""
     m_invariant: bool = False
+    measured_only: bool = False

@@ -12,6 +12,8 @@ left is ranked by the cost model with the compiler's figures.
     halve     12 candidates x 8 samples, then 4 x 20, each round judged by its own medians
     duel      40 interleaved pairs with the incumbent, which is replaced only by a candidate that is
               faster in 75 % of them, and by 2 % in the median
+    proof     a winner of a kernel that is `measured_only` has 40 more with the best candidate that is
+              not, one of which is kept in every round; unless it is 1.05 times as fast, such are out
 
 Candidates that are not verified are not timed. One that faults is out, and named in the outcome. A
 kernel that faulted three times, and more often than it verified, is benched: where 5 % of configs
@@ -33,7 +35,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from .kernel import AnyProblem, Compiled, Config, Kernel
+from .kernel import PROVEN_TIMES, AnyProblem, Compiled, Config, Kernel
 from .model_error import expected_gain
 from .timing import Candidate, Fault, Timer
 
@@ -65,13 +67,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class Survivors:
-    """ranked: best first. The rest counts configs that were left out, by reason."""
+    """ranked: best first. measured_only: names of kernels that need proof. The rest counts configs
+    that were left out, by reason."""
 
     ranked: tuple[Scored, ...]
     failed: int = 0
     spilled: int = 0
     unfit: int = 0
     quarantined: int = 0
+    measured_only: frozenset[str] = frozenset()
+
+    def needs_proof(self, candidate: Candidate) -> bool:
+        """Is it of a kernel that is `measured_only`?"""
+        return candidate.kernel in self.measured_only
 
     @property
     def model(self) -> dict[Candidate, float]:
@@ -92,7 +100,10 @@ def survivors(
     """
     ranked: list[Scored] = []
     out: Counter[str] = Counter()
+    guarded: set[str] = set()
     for kernel in kernels:
+        if kernel.measured_only:
+            guarded.add(kernel.name)
         if kernel.op != problem.op or kernel.refuse(problem):
             continue
         for config in ((),) if kernel.configs is None else kernel.configs(problem):
@@ -105,7 +116,8 @@ def survivors(
                 ranked.append(scored)
     others = [scored for scored in ranked if scored.candidate.kernel != "reference"]
     order = sorted(others or ranked, key=lambda scored: (scored.seconds, scored.candidate))
-    return Survivors(tuple(order), out["failed"], out["spilled"], out["unfit"], out["quarantined"])
+    left_out = (out["failed"], out["spilled"], out["unfit"], out["quarantined"])
+    return Survivors(tuple(order), *left_out, measured_only=frozenset(guarded))
 
 
 def _score(
@@ -269,11 +281,15 @@ def search(
     explored = times = _explore(mode, problem, found, first, trials)
     rounds: list[dict[Candidate, Timed]] = []
     for n_left, n in HALVINGS:
-        best = sorted(times, key=lambda candidate: (times[candidate], candidate))[:n_left]
-        rounds.append(_timed(trials.sample(best, n)))
+        rounds.append(_timed(trials.sample(_leaders(times, n_left, found), n)))
         times = {candidate: timed.seconds for candidate, timed in rounds[-1].items()}
     order = sorted(rounds[-1].values(), key=lambda timed: (timed.seconds, timed.candidate))
     winner, other = _duel(order, incumbent if incumbent in found.model else None, trials)
+    if winner is not None and found.needs_proof(winner.candidate):
+        plain = [timed for timed in order if not found.needs_proof(timed.candidate)]
+        if not _proven(winner.candidate, plain, trials):
+            kept = incumbent in found.model and not found.needs_proof(incumbent)
+            winner, other = _duel(plain, incumbent if kept else None, trials)
     rest = [t for t in order if winner is not None and t.candidate != winner.candidate]
     return Outcome(
         winner=winner,
@@ -302,7 +318,7 @@ def _explore(
         "halving": finalists(problem, found),
         "exhaustive": model,
         "random": _draw(problem).sample(model, min(EXHAUSTIVE, len(model))),
-        "model": model[:1],
+        "model": [c for c in model if not found.needs_proof(c)][:1],
     }[mode]
     return _medians(trials.sample(dict.fromkeys((*first[:1], *chosen)), EXPLORE_SAMPLES))
 
@@ -353,11 +369,35 @@ def _duel(
     return old, old
 
 
-def _replaces(challenger: Sequence[float], incumbent: Sequence[float]) -> bool:
-    """Is the challenger's lead worth a change? Samples of equal position were taken side by side."""
+def _leaders(times: Mapping[Candidate, float], n: int, found: Survivors) -> list[Candidate]:
+    """The fastest n, one that needs no proof among them if there is any."""
+    order = sorted(times, key=lambda candidate: (times[candidate], candidate))
+    plain = [candidate for candidate in order if not found.needs_proof(candidate)]
+    leaders = order[:n]
+    if plain and not set(plain) & set(leaders):
+        leaders[-1] = plain[0]
+    return leaders
+
+
+def _proven(winner: Candidate, plain: Sequence[Timed], trials: Trials) -> bool:
+    """Is the winner `PROVEN_TIMES` as fast as the first of the others that does not fault now?"""
+    for other in plain:
+        pairs = trials.sample((winner, other.candidate), PAIRS)
+        if winner not in pairs:
+            return False
+        if other.candidate in pairs:
+            return _replaces(pairs[winner], pairs[other.candidate], 1 / PROVEN_TIMES)
+    return False
+
+
+def _replaces(
+    challenger: Sequence[float], incumbent: Sequence[float], bound: float = 1 - FASTER_BY
+) -> bool:
+    """Is the challenger's lead worth a change? Samples of equal position were taken side by side;
+    bound: of the median of their ratios."""
     ratios = [new / old for new, old in zip(challenger, incumbent, strict=True)]
     faster = sum(ratio < 1 for ratio in ratios) / len(ratios)
-    return faster >= FASTER_SHARE and median(ratios) <= 1 - FASTER_BY
+    return faster >= FASTER_SHARE and median(ratios) <= bound
 
 
 def _medians(samples: Mapping[Candidate, Sequence[float]]) -> dict[Candidate, float]:

@@ -30,6 +30,7 @@ from .activation import find_activation, integer_form
 from .dispatch import kernels
 from .errors import NoKernelError, TuningError, nearest_name
 from .format import find_format
+from .formats.fle import Fle, to_fle
 from .kernel import AnyProblem, Kernel, Problem
 from .packed import PackedTensor, Term
 from .runner import launch_of
@@ -63,6 +64,9 @@ def random_weight(
 ) -> PackedTensor:
     """A weight [N, K] of the problem's format; see the module's text."""
     stored, options, shape = find_format(problem.format), problem.options, (problem.n, problem.k)
+    if isinstance(stored, Fle):  # rounds nothing
+        dense = _WEIGHT_STD * torch.randn(shape, device=device, generator=generator)
+        return to_fle(dense.bfloat16(), stored.code_bits)
     n_real = min(problem.n, _REAL_ROWS)
     specs = stored.part_specs(shape, options)
     if any(spec.shape[0] != problem.n for spec in specs.values()):

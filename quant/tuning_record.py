@@ -129,8 +129,11 @@ def _stamp_after(earlier: str) -> str:
 
 
 def modelled_entry(problem: AnyProblem, found: Survivors, kernels: Mapping[str, Kernel]) -> Entry:
-    """The model's choice among `found`, of which there must be one."""
-    best, second = found.ranked[0], found.ranked[1] if len(found.ranked) > 1 else None
+    """The model's choice among `found`, of which there must be one; kernels that are `measured_only`
+    come into question only if there is nothing else."""
+    plain = [scored for scored in found.ranked if not found.needs_proof(scored.candidate)]
+    ranked = plain or found.ranked
+    best, second = ranked[0], ranked[1] if len(ranked) > 1 else None
     kernel = kernels[best.candidate.kernel]
     config, us = best.candidate.config, best.seconds * 1e6
     # Near shapes are corrected by measured / model where nothing was compiled, so without its figures.

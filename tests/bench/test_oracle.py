@@ -54,8 +54,8 @@ def test_kernels_take_turns():
     found = [check.kernel for check in checks(FEW)]
     assert set(found) == set(KERNELS)
     assert set(KERNELS) <= set(kernels()) and "reference" not in KERNELS
-    # Some take few shapes, so that their first turns are empty.
-    assert len(set(found[: 2 * len(KERNELS)])) >= len(KERNELS) - 3
+    # Some take few shapes, or none of the formats that come first: their first turns are empty.
+    assert len(set(found[: 2 * len(KERNELS)])) >= len(KERNELS) - 5
 
 
 def test_the_order_is_always_the_same():

@@ -372,6 +372,37 @@ def test_a_tuned_row_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ruled.chosen == "other"
 
 
+def test_a_kernel_that_needs_proof_is_never_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the row of this very family, or a rule, chooses it; not even a near row does."""
+    only(monkeypatch, replace(open_kernel(unit=1e-9), measured_only=True), fake("other", 1e-6))
+    found = explain(on_h200())
+    assert found.chosen == "other" and "open" not in dict(found.eligible)
+    assert [reason.code for reason in found.refused["open"]] == ["UNMEASURED"]
+    assert "open: UNMEASURED not measured to be 1.05 times as fast" in found.text()
+    near = explain(on_h200(n=6144), tables=table())
+    assert near.chosen == "other" and near.refused["open"][0].code == "UNMEASURED"
+    measured = explain(on_h200(m_bucket=64), tables=table())
+    assert (measured.chosen, measured.origin) == ("open", "table")
+    assert "open" not in measured.refused
+    for one_for_all in (False, True):
+        forced = Policy((parse_rules("open", "t"),), one_for_all)
+        assert explain(on_h200(), policy=forced).chosen == "open"
+    assert explain(on_h200(), tables=table(), policy=Policy((), True)).chosen == "other"
+
+
+def test_an_estimate_in_a_table_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, replace(open_kernel(unit=1e-9), measured_only=True), fake("other", 1e-6))
+    entries = tuple(
+        Entry(
+            size=m, kernel="open", config=SMALL, us=5.0, p10=5.0, p90=5.0, ideal_us=2.0,
+            model_us=5.0, runner_up="", source="s1", digest="", verified="", measured=False,
+        )
+        for m in M_BUCKETS
+    )  # fmt: skip
+    found = explain(on_h200(), tables=table(ladder=entries))
+    assert found.chosen == "other" and found.refused["open"][0].code == "UNMEASURED"
+
+
 def test_a_row_of_another_shape_corrects_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(open_kernel("open"), seconds=lambda p, c, compiled=None: 1.2e-6)
     only(monkeypatch, slow, fake("other", 1e-6))

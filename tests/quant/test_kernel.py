@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from fewbit.quant.formats.fle import FleOptions
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.kernel import Device, Peaks, Problem
 
@@ -34,6 +35,13 @@ def test_problem_prints_one_line() -> None:
 def test_number_of_terms_is_printed_if_it_matters() -> None:
     problem = Problem("int_group", IntGroupOptions(), 2, 1, 8, 16, torch.float32, "cuda")
     assert " terms=2 N=8 K=16 M<=1 float32 cuda" in str(problem)
+
+
+def test_what_options_do_not_compare_is_no_part_of_a_family() -> None:
+    few, many = (
+        Problem("fle4", FleOptions(n), 1, 1, 8, 16, torch.bfloat16, "cuda") for n in (0, 9)
+    )
+    assert few == many and few.family == many.family == "linear fle4 N=8 K=16 * bfloat16 cuda"
 
 
 def test_only_a_machine_elsewhere_is_described() -> None:

@@ -247,6 +247,61 @@ def test_a_winner_that_dies_in_the_duel() -> None:
     assert outcome.winner is not None and outcome.winner.candidate == first
 
 
+def guarded(*plain: float) -> tuple[Survivors, Candidate, list[Candidate]]:
+    """One candidate of a kernel that needs proof, the first by the model, and others."""
+    found, names = few(*plain)
+    one = replace(kernel("sim_fused", lambda posed: ((("i", 0),),)), measured_only=True)
+    object.__setattr__(one, "seconds", lambda posed, config, compiled=None: 0.5)
+    fused = survivors(problem(), [one])
+    assert fused.measured_only == {"sim_fused"} and not found.measured_only
+    both = replace(found, ranked=(*fused.ranked, *found.ranked), measured_only=fused.measured_only)
+    return both, fused.ranked[0].candidate, names
+
+
+@pytest.mark.parametrize(("lead", "wins"), [(0.94, True), (0.96, False), (1.2, False)])
+def test_a_kernel_that_needs_proof_wins_by_5_percent(lead: float, wins: bool) -> None:
+    """Whether or not it is what runs now, and though a lead of 2 percent is enough for others."""
+    for has_incumbent in (False, True):
+        found, fused, (first, second) = guarded(1.0, 1.1)
+        timer = Exact({fused: lead, first: 1.0, second: 1.1})
+        outcome = search(problem(), found, timer, incumbent=fused if has_incumbent else None)
+        assert outcome.winner is not None
+        assert outcome.winner.candidate == (fused if wins else first)
+
+
+def test_a_kernel_that_needs_proof_is_timed_beside_another_in_every_round() -> None:
+    """Twenty of its configs are faster than all others, by too little."""
+    one = replace(kernel("sim_fused", lambda posed: ((("i", 0),),)), measured_only=True)
+    names = [Candidate("sim_fused", (("i", i),)) for i in range(20)]
+    object.__setattr__(one, "configs", lambda posed: tuple(name.config for name in names))
+    object.__setattr__(one, "seconds", lambda posed, config, compiled=None: 0.5)
+    plain, (first,) = few(1.0)
+    fused = survivors(problem(), [one])
+    found = replace(fused, ranked=(*fused.ranked, *plain.ranked))
+    timer = Exact({**dict.fromkeys(names, 0.97), first: 1.0})
+    outcome = search(problem(), found, timer)
+    assert outcome.winner is not None and outcome.winner.candidate == first
+    assert all(first in candidates for candidates, _ in timer.rounds)
+    alone = search(problem(), fused, Exact(dict.fromkeys(names, 0.97)))
+    assert alone.winner is None, "there is nothing to be proven against"
+    picked = search(problem(), found, timer, mode="model")
+    assert picked.winner is not None and picked.winner.candidate == first
+
+
+def test_what_a_winner_is_proven_against_may_die() -> None:
+    found, fused, (first, second) = guarded(1.0, 1.1)
+
+    class Late(Exact):
+        def sample(self, posed, candidates, n):
+            if n == 40 and first in candidates:
+                self.faults[first] = "TIMEOUT"
+            return super().sample(posed, candidates, n)
+
+    outcome = search(problem(), found, Late({fused: 0.9, first: 1.0, second: 1.1}))
+    assert outcome.winner is not None and outcome.winner.candidate == fused
+    assert outcome.runner_up is not None and outcome.runner_up.candidate == second
+
+
 def test_hints_come_first() -> None:
     posed, found = made_up()[5]
     hint = found.ranked[-1].candidate

@@ -8,6 +8,7 @@ import torch
 from fewbit.quant import reference, timed_case
 from fewbit.quant.errors import NoKernelError, TuningError
 from fewbit.quant.format import formats
+from fewbit.quant.formats.fle import FleOptions
 from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.formats.int_two_level import IntTwoLevelOptions
 from fewbit.quant.kernel import Kernel, Problem, RowsProblem
@@ -61,6 +62,12 @@ def test_random_weights_have_the_stored_form_and_real_codes(bits, n):
     assert 0.02 < weight.std() < 0.04  # of a sum of two, with rounding noise
     rows = weight.unique(dim=0).shape[0]
     assert rows > 0.95 * n  # rows of two terms are drawn independently
+
+
+@pytest.mark.parametrize("name", ["fle4", "fle3"])
+def test_weights_that_are_not_rounded_verify(name):
+    of = problem(70, 100, format=name, options=FleOptions())
+    assert case_of(of).verify(Candidate("dense_cached")) < 8e-3
 
 
 def test_rows_are_drawn_from_256():

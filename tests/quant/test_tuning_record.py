@@ -136,6 +136,13 @@ def test_the_model_s_choice():
     assert found.runner_up == "gemv ~1000000.0 us" and found.ideal_us > 1 and found.source == "g1"
 
 
+def test_the_model_chooses_no_kernel_that_needs_proof():
+    guarded = replace(FOUND, measured_only=frozenset({"gemm"}))
+    assert modelled_entry(problem(), guarded, KNOWN).kernel == "gemv"
+    everything = replace(FOUND, measured_only=frozenset({"gemm", "gemv"}))
+    assert modelled_entry(problem(), everything, KNOWN).kernel == "gemm"
+
+
 def test_the_winner_of_a_search():
     winner, second = (
         Timed(Candidate("gemm", CONFIG), 9e-6, 8e-6, 10e-6),
