@@ -5,7 +5,7 @@
 Sections run one after the other, each in a child process of its own (`child_rows.py`), so that a fault
 or a hang costs one section and what it had found is kept:
 
-    facts, oracle, peaks, gemm, attention, tune, decode
+    facts, oracle, peaks, gemm, attention, rans32, tune, decode
 
 Time is divided by weight: a section gets its weight's share of what is left, and what it does not use
 goes to the next. One that would get less than it needs at least is skipped, and what did not fit inside
@@ -68,6 +68,7 @@ SECTIONS = (
     Section("peaks", "bench.peaks:rows", 0.8, 15.0, ()),
     Section("gemm", "bench.gpu_sections:time_gemm", 2.4, 30.0, ("seconds", "peaks")),
     Section("attention", "bench.gpu_sections:time_attention", 1.2, 25.0, ("seconds", "peaks")),
+    Section("rans32", "bench.rans32_gpu:rows", 0.6, 20.0),
     Section("tune", "bench.gpu_sections:tune", 2.0, 40.0, ("seconds", "table")),
     Section("decode", "bench.gpu_sections:decode", 2.0, 45.0),
 )

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench import oracle_append, oracle_attention, oracle_linear, oracle_rows
+from bench import oracle_append, oracle_attention, oracle_linear, oracle_rans32, oracle_rows
 from bench.child_rows import DONE, Outcome, Row, run_child
 from bench.cuda_timing import kernel_errors, missing, needs_text, spoils_cuda, told
 from bench.oracle_check import Check, Lane, Place, Step
@@ -43,6 +43,7 @@ _LANES: dict[str, Callable[[Kernel, Place], list[Lane]]] = {
     "attend": oracle_attention.lanes,
     "append_kv": oracle_append.lanes,
     "rope": oracle_append.rope_lanes,
+    "decode_rans32": oracle_rans32.lanes,
     **dict.fromkeys(oracle_rows.ORACLES, oracle_rows.lanes),
 }
 _SILENCE_SECONDS = 120.0  # of one check, its compilation included

@@ -66,7 +66,7 @@ def test_sections_of_nine_minutes_all_get_enough():
         left -= given
     assert left == pytest.approx(0.0)
     assert [one.name for one in SECTIONS] == [
-        "facts", "oracle", "peaks", "gemm", "attention", "tune", "decode"
+        "facts", "oracle", "peaks", "gemm", "attention", "rans32", "tune", "decode"
     ]  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_one_command_writes_both_files(monkeypatch, tmp_path, capsys):
         sys, "argv", ["gpu", "--minutes", "2", "--no-tune", "--table", "t", "-o", str(tmp_path)]
     )
     assert gpu.main() == 1
-    assert "6 sections in 120 s, t" in capsys.readouterr().out
+    assert "7 sections in 120 s, t" in capsys.readouterr().out
     assert json.loads((tmp_path / "h100.json").read_text())["failed"]
     assert (tmp_path / "h100.md").read_text().startswith("# NVIDIA H100")
 
