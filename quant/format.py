@@ -130,8 +130,8 @@ class Format(Protocol):
 
     def candidates(self, weight: torch.Tensor, options: Any) -> Iterator[Parts]:
         """Scales that a search may choose from, each as `fit` returns them, best guess first, all
-        valid. Parts with one number per group differ between them and may be mixed group by group;
-        other parts are equal in all."""
+        valid. Parts with one number per group, or with any number for a row that is one group, differ
+        between them and may be mixed group by group; other parts are equal in all."""
         ...
 
     def integer_form(

@@ -20,7 +20,6 @@ that is `fewbit quantize`.
 """
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,14 +46,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..export.coded_files import PLANE_NAMES
 from ..export.metadata import VERSION, read_manifest
+from .coded_weights import fill_decoded, keep
 from .errors import CheckpointError
-from .format import dequantize
 from .fused import find_groups, fuse
 from .hub import fetch_manifest
 from .kv_install import install
 from .kv_policy import parse_kv
 from .linear import PackedModule
-from .placement import Placement, place, set_tied, take_ties
+from .placement import Placement, place, take_ties
 from .stored import METHOD, StoredCheckpoint, describe
 from .verify import check_packed, header_checksums, packed_of, verify
 
@@ -63,16 +62,21 @@ if TYPE_CHECKING:
 
 _HELD = "fewbit.held."
 _CHECKED: ContextVar[StoredCheckpoint | None] = ContextVar("fewbit_checked", default=None)
+_TARGET: ContextVar[torch.device | None] = ContextVar("fewbit_target", default=None)
 
 
 @contextmanager
-def already_checked(stored: StoredCheckpoint) -> Iterator[None]:
-    """A model loaded inside is `stored`, which is neither read nor verified again."""
-    token = _CHECKED.set(stored)
+def already_checked(stored: StoredCheckpoint, target: torch.device) -> Iterator[None]:
+    """A model loaded inside is `stored`, which is neither read nor verified again.
+
+    target: where weights that stay coded are to be decoded.
+    """
+    tokens = _CHECKED.set(stored), _TARGET.set(target)
     try:
         yield
     finally:
-        _CHECKED.reset(token)
+        _CHECKED.reset(tokens[0])
+        _TARGET.reset(tokens[1])
 
 
 class FewbitConfig(QuantizationConfigMixin):
@@ -131,6 +135,7 @@ class FewbitQuantizer(HfQuantizer):
         self._plan: Placement | None = None
         self._dtypes: dict[str, torch.dtype] = {}
         self._ties: dict[str, str] = {}
+        self._resident = "decoded"
 
     # The library's hook; its other keywords (device map, kernels) do not matter here.
     def _process_model_before_weight_loading(
@@ -191,7 +196,8 @@ class FewbitQuantizer(HfQuantizer):
         model.all_tied_weights_keys.update(self._ties)
         _fill_holders(model, self._plan, tensors)
         wanted = _wanted_dtypes(model, self._dtypes)
-        _decode_parameters(model, self._plan, tensors, wanted)
+        resident = self._stored.resident
+        kept = fill_decoded(model, self._plan, tensors, wanted, resident)
         _restore_dtypes(model, wanted)
         _keep_names(model, self._plan)
         self._stored = self._plan = None
@@ -199,6 +205,9 @@ class FewbitQuantizer(HfQuantizer):
             fuse(group)
         if "kv" in self.quantization_config.__dict__:
             install(model, parse_kv(self.quantization_config.kv, "kv"))
+        if kept:
+            keep(model, kept, _TARGET.get() or _device_of(model))
+        self._resident = resident
         return model
 
     def get_state_dict_and_metadata(
@@ -209,6 +218,11 @@ class FewbitQuantizer(HfQuantizer):
         A tensor is listed under its name in the graph and in the original layout, because the
         caller's choice between the two is not known here.
         """
+        if self._resident.startswith("fle"):
+            raise CheckpointError(
+                f"this model holds its weights as {self._resident}, which is no form to store them in; "
+                f"load it with resident='decoded' to save it"
+            )
         state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
         original = revert_weight_conversion(model, dict(state))
         sums = header_checksums({**state, **original}, self.quantization_config.to_dict())
@@ -274,6 +288,11 @@ def _fill_holders(
         module.place(device)
 
 
+def _device_of(model: "PreTrainedModel") -> torch.device:
+    """Of the first parameter that is on one."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def _keep_names(model: "PreTrainedModel", plan: Placement) -> None:
     """Let the library save parts under the names that they had in the source.
 
@@ -300,38 +319,6 @@ def _keep_names(model: "PreTrainedModel", plan: Placement) -> None:
         names = _ExactNames(table)
         names._was_used = True  # type: ignore[misc]
         model._weight_conversions = [*conversions, names]
-
-
-def _decode_parameters(
-    model: "PreTrainedModel",
-    plan: Placement,
-    tensors: Mapping[str, torch.Tensor],
-    dtypes: Mapping[str, torch.dtype],
-) -> None:
-    """Fill the parameters that no packed holder can stand for."""
-
-    def read(key: str) -> torch.Tensor:
-        module = plan.owners.get(key)
-        if module is None:
-            return tensors[key]
-        packed = packed_of(module, tensors)
-        check_packed(module.name, packed)
-        value = dequantize(packed)
-        return value.mT if module.spec.transposed else value
-
-    for parameter, modules in plan.decoded.items():
-        if modules:
-            warnings.warn(
-                f"{parameter}: {', '.join(modules[:3])} are stored quantized, but this model cannot "
-                f"multiply by them as they are; kept decoded in memory, and saved so",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        owner_name, _, leaf = parameter.rpartition(".")
-        device = getattr(model.get_submodule(owner_name), leaf).device
-        value = plan.names.assemble(parameter, read).to(device, dtypes[parameter])
-        mapped = any(key in plan.held for key in plan.names.sources(parameter))
-        set_tied(model, parameter, (value.clone() if mapped else value).contiguous())
 
 
 def _wanted_dtypes(

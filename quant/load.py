@@ -12,6 +12,7 @@ theirs.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .errors import CheckpointError
 from .hub import fetch
 from .kernel_summary import log_summary
 from .packed_module import stored_parts_stay
+from .recipe import check_resident
 from .stored import open_stored, read_config
 from .verify import verify as verify_stored
 
@@ -34,21 +36,26 @@ def load(
     device: str = "auto",
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
+    resident: str | None = None,
 ) -> "PreTrainedModel":
     """The model in a folder or hub id, in evaluation mode, of the class that its configuration names;
     `.generate` works where that class has it.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:i". dtype: of activations and of
     what is not quantized; None is the checkpoint's own. verify: compare every stored byte with its
-    checksum.
+    checksum. resident: how entropy-coded weights are held (`coded_weights.py`); None as the checkpoint
+    says, else decoded, coded, fle4 or fle3.
 
     CheckpointError: not there, not one of fewbit's, unfinished, newer than this fewbit, or damaged.
-    RecipeError: no such device.
+    RecipeError: no such device, or no such way to hold weights.
     """
     target = resolve_device(device)
     folder = fetch(path_or_id)
     stored = open_stored(folder)
     stored.refuse_foreign()
+    if resident is not None:
+        check_resident(resident)
+        stored = replace(stored, resident=resident)
     if verify:
         verify_stored(stored)
     # The loader before the adapter: the import hook takes their locks in this order, too.
@@ -56,7 +63,7 @@ def load(
 
     from .hf import already_checked
 
-    with already_checked(stored):
+    with already_checked(stored, target):
         try:
             model = _model_class(read_config(folder)).from_pretrained(
                 str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True
@@ -66,7 +73,7 @@ def load(
                 f"{path_or_id}: the transformers library cannot build this model: "
                 f"{_first_line(error)}; a newer transformers may know it"
             ) from error
-    if target.type != "cpu":
+    if target.type != "cpu" and not hasattr(model, "coded_weights"):
         with stored_parts_stay():
             model = model.to(target)
     log_summary(model)
@@ -78,10 +85,10 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     import transformers
 
     for name in config.get("architectures") or ():
-        found = getattr(transformers, str(name), None)
+        found: Any = getattr(transformers, str(name), None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
-        if found.config_class and found.config_class.model_type == config.get("model_type"):
+        if getattr(found.config_class, "model_type", None) == config.get("model_type"):
             return found
     return transformers.AutoModelForCausalLM
 

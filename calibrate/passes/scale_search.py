@@ -92,8 +92,9 @@ def _search_rows(batch: MatrixBatch, rows: torch.Tensor, size: int, metric: torc
 
 
 def _mixed(better: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """Part of each group from the better candidate; parts of other shapes are equal in both."""
-    return torch.where(better, new, old) if new.shape == better.shape else old
+    """Part of each group from the better candidate. A row that is one group may have parts of several
+    numbers; parts of other shapes are equal in both."""
+    return torch.where(better, new, old) if better.shape[-1] in (1, new.shape[-1]) else old
 
 
 def _column_costs(batch: MatrixBatch) -> torch.Tensor:

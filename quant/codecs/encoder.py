@@ -157,7 +157,7 @@ class Encoder:
         if self._spilled is None:
             self._spilled = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - nameless
         for words in self._words:
-            self._spilled.write(memoryview(words))
+            self._spilled.write(words.data)
         self._words, self._n_held = [], 0
 
     def _all_words(self) -> Iterator[torch.Tensor]:

@@ -1,0 +1,117 @@
+"""Ways to hold entropy-coded weights: the same bits in all, memory where it is promised."""
+
+import pytest
+import torch
+import transformers
+
+from fewbit.quant.errors import CheckpointError, RecipeError
+from fewbit.quant.evaluate import evaluate
+from fewbit.quant.linear import QuantLinear
+from fewbit.quant.load import load
+from fewbit.quant.pipeline import quantize
+from fewbit.quant.stored import open_stored
+from planted import bundled_model
+from tiny_models import make_tokens, save
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("coded") / "out"
+    quantize(bundled_model(), out, recipe="lossless")
+    return out
+
+
+@pytest.fixture(scope="module")
+def original():
+    return transformers.AutoModelForCausalLM.from_pretrained(bundled_model(), dtype="auto")
+
+
+TOKENS = torch.randint(0, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("resident", ["decoded", "coded", "fle4", "fle3"])
+def test_logits_and_tokens_are_the_originals(coded, original, resident):
+    model = load(coded, device="cpu", resident=resident)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, original(TOKENS).logits)
+    keys = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(TOKENS[:1], **keys), original.generate(TOKENS[:1], **keys))
+
+
+def test_the_recipe_says_how_they_are_held(tmp_path):
+    quantize(bundled_model(), tmp_path / "out", recipe="lossless", settings=["resident=coded"])
+    assert open_stored(tmp_path / "out").resident == "coded"
+    hooked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert hooked.model.layers[0].mlp.up_proj.weight.is_meta
+    assert hooked.coded_weights.n_bytes > 0
+    plain = load(tmp_path / "out", device="cpu", resident="decoded")
+    assert not plain.model.layers[0].mlp.up_proj.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(hooked(TOKENS).logits, plain(TOKENS).logits)
+
+
+def test_coded_weights_take_less_memory(coded, original):
+    model = load(coded, device="cpu", resident="coded")
+    blocks = original.model.layers
+    plain = sum(p.numel() * 2 for p in blocks.parameters())
+    one = sum(p.numel() * 2 for p in blocks[0].parameters())
+    assert model.coded_weights.n_bytes < 0.7 * plain + 2.1 * one + sum(
+        p.numel() * 2 for p in model.parameters() if not p.is_meta
+    )
+
+
+def test_fle_holds_linear_layers_of_three_quarters(coded):
+    model = load(coded, device="cpu", resident="fle4")
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, QuantLinear)
+    assert layer.packed.bits_per_weight <= 12.1
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
+
+
+def test_saving(coded, tmp_path):
+    load(coded, device="cpu", resident="coded").save_pretrained(tmp_path / "saved")
+    found, wanted = load(tmp_path / "saved", device="cpu"), load(coded, device="cpu")
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    with pytest.raises(CheckpointError, match=r"as fle4, which is no form to store .*decoded"):
+        load(coded, device="cpu", resident="fle4").save_pretrained(tmp_path / "fle")
+
+
+@pytest.mark.parametrize("arch", ["llama_tied", "mixtral", "gpt_oss", "qwen2"])
+@pytest.mark.parametrize("resident", ["coded", "fle4"])
+def test_what_cannot_be_held_so_is_decoded(arch, resident, tmp_path):
+    save(arch, tmp_path / "src", torch.bfloat16)
+    quantize(tmp_path / "src", tmp_path / "out", recipe="lossless")
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype="auto")
+    found = load(tmp_path / "out", device="cpu", resident=resident)
+    with torch.no_grad():
+        assert torch.equal(found(make_tokens()).logits, wanted(make_tokens()).logits)
+
+
+def test_quantized_weights_beside_coded_ones(tmp_path):
+    """The rest of a quantized model stays coded; quantized parts are decoded once."""
+    keys = {"recipe": "w8a16", "settings": ["lossless=true", "weights.ignore=['re:.*mlp.*']"]}
+    quantize(bundled_model(), tmp_path / "out", **keys)
+    plain = load(tmp_path / "out", device="cpu")
+    kept = load(tmp_path / "out", device="cpu", resident="coded")
+    assert isinstance(kept.model.layers[0].self_attn.q_proj, QuantLinear)
+    assert kept.model.layers[0].mlp.up_proj.weight.is_meta
+    with torch.no_grad():
+        assert torch.equal(kept(TOKENS).logits, plain(TOKENS).logits)
+
+
+def test_another_dtype_decodes(coded):
+    model = load(coded, device="cpu", dtype=torch.float32, resident="coded")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert not model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_perplexity_is_unchanged(tmp_path, coded):
+    found = evaluate(coded, against=bundled_model(), length=64, max_tokens=512, device="cpu")
+    plain = evaluate(bundled_model(), length=64, max_tokens=512, device="cpu")
+    assert found.perplexity == plain.perplexity
+
+
+def test_an_unknown_way_is_named(coded):
+    with pytest.raises(RecipeError, match=r"resident must be one of decoded, coded, fle4, fle3"):
+        load(coded, device="cpu", resident="packed")
