@@ -85,10 +85,11 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     import transformers
 
     for name in config.get("architectures") or ():
-        found: Any = getattr(transformers, str(name), None)
+        found = getattr(transformers, str(name), None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
-        if getattr(found.config_class, "model_type", None) == config.get("model_type"):
+        made_for = getattr(found, "config_class", None)
+        if getattr(made_for, "model_type", None) == config.get("model_type"):
             return found
     return transformers.AutoModelForCausalLM
 

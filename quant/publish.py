@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import torch
 
 from ..export.checkpoint import Checkpoint
 from ..export.coded_files import DecodedTensors, stored_tensors
@@ -212,12 +213,23 @@ def _config(job: Job, specs: Mapping[str, ModuleSpec]) -> dict[str, Any]:
     recipe = job.recipe
     if specs or kv or recipe.lossless:
         if "dtype" not in config and "torch_dtype" not in config:
-            config["dtype"] = str(job.checkpoint.dtype).removeprefix("torch.")
+            dtype = _detected_dtype(job.checkpoint) if recipe.keeps_bytes else job.checkpoint.dtype
+            config["dtype"] = str(dtype).removeprefix("torch.")
         config["quantization_config"] = build_quantization_config(
             recipe.name, specs, kv.to_json() if kv else None, recipe.lossless, recipe.resident,
             source_quantization(job.model.config) if recipe.keeps_bytes else None,
         )  # fmt: skip
     return config
+
+
+def _detected_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What transformers takes for the dtype of a model whose config says nothing: that of the first
+    16- to 64-bit floating tensor of the first file, by name."""
+    entries = checkpoint.shards[0].entries
+    for name in sorted(entries):
+        if entries[name].dtype.is_floating_point and entries[name].dtype.itemsize > 1:
+            return entries[name].dtype
+    return checkpoint.dtype
 
 
 def source_quantization(config: Mapping[str, Any]) -> Any:

@@ -94,9 +94,9 @@ class StoredCheckpoint:
         """CheckpointError if what is held here is another maker's quantized checkpoint, coded."""
         if self.source_method is not None:
             raise CheckpointError(
-                f"{self.folder} holds a checkpoint of quant_method {self.source_method!r}, coded without "
-                f"loss; fewbit does not run it: get it back with fewbit export {self.folder} -o OUT "
-                f"--to dense"
+                f"{self.folder} holds a checkpoint of quant_method {self.source_method!r}, coded "
+                f"without loss; fewbit does not run it: get it back with fewbit export {self.folder} "
+                f"-o OUT --to dense"
             )
 
     def contents(self) -> DecodedTensors:

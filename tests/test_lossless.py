@@ -152,6 +152,21 @@ def test_any_architecture_and_dtype(make, dtype, tmp_path):
     assert_same_files(tmp_path / "src", tmp_path / "back")
 
 
+def test_a_config_without_a_dtype_means_what_the_library_detects(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = bert()
+    cast(model.eval(), "mixed").save_pretrained(tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    quantize(tmp_path / "src", tmp_path / "out", recipe="lossless")
+    original = type(model).from_pretrained(tmp_path / "src", dtype="auto").eval()
+    found = load(tmp_path / "out", device="cpu")
+    assert found.dtype == original.dtype
+    with torch.no_grad():
+        assert same(found(**inputs).logits, original(**inputs).logits)
+
+
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss", "llama_tied", "phi3"])
 def test_models_that_the_library_rearranges(arch, tmp_path):
     save(arch, tmp_path / "src", torch.bfloat16)
