@@ -48,6 +48,7 @@ from .shards import (
     planned_header_bytes,
     shard_names,
 )
+from .writeback import Writeback
 
 
 class CheckpointWriter:
@@ -78,6 +79,7 @@ class CheckpointWriter:
         self._data: IO[bytes] | None = None
         self._pending: list[Stored] = []
         self._closed = 0
+        self._writeback = Writeback()
 
     # -- opening and resuming -------------------------------------------------------------------
 
@@ -195,6 +197,7 @@ class CheckpointWriter:
         if amend is not None:
             amend(self._pending)
         data.flush()
+        self._writeback.settle()
         os.fsync(data.fileno())
         self._journal.append({
             "event": "unit", "name": plan.name, "rows": rows,
@@ -263,6 +266,7 @@ class CheckpointWriter:
             as_bytes = bytes_of(chunk)
             checksum = google_crc32c.extend(checksum, as_bytes)
             written += data.write(as_bytes)
+            self._writeback.wrote(data.fileno(), len(as_bytes))
         begin = self._pending[-1].end if self._pending else self._end(self._closed)
         end, found = begin + written, (written,) if shape is None else shape
         self._pending.append(Stored(name, dtype, found, begin, end, f"{checksum:08x}"))
@@ -367,6 +371,7 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         """Close files without removing anything, so that a later run resumes."""
+        self._writeback.close()
         if self._data is not None:
             with suppress(OSError):  # of a full disk: bytes that no journal line speaks of
                 self._data.close()
