@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from .errors import NoKernelError
 from .format import dequantize, find_format
+from .formats.fle import FleOptions
 from .formats.int_group import IntGroupOptions, unpack_bits
 from .kernel import Kernel, Problem, Reason
 from .packed import PackedTensor, Term
@@ -236,7 +237,8 @@ def _refuse_int8(problem: Problem) -> tuple[Reason, ...]:
 
 
 def _refuse_cached(problem: Problem) -> tuple[Reason, ...]:
-    return (*off_cpu(problem), *no_room(problem, _dense_bytes(problem)))
+    reasons = (*off_cpu(problem), *_held_small(problem))
+    return (*reasons, *no_room(problem, _dense_bytes(problem)))
 
 
 def no_room(problem: Problem, needed: int) -> Iterator[Reason]:
@@ -255,8 +257,14 @@ def no_room(problem: Problem, needed: int) -> Iterator[Reason]:
         )
 
 
+def _held_small(problem: Problem) -> Iterator[Reason]:
+    if isinstance(problem.options, FleOptions):
+        text = f"got {problem.format}, held to save memory; a decoded copy would take it again"
+        yield Reason("FORMAT", text, "use fle_scratch")
+
+
 def _refuse_chunked(problem: Problem) -> tuple[Reason, ...]:
-    return tuple(off_cpu(problem))
+    return (*off_cpu(problem), *_held_small(problem))
 
 
 def _foreign(problem: Problem) -> Reason:
@@ -422,7 +430,8 @@ def _seconds_int8(problem: Problem) -> float:
     return _seconds_packed(problem, 1.0)
 
 
-def _seconds_cached(problem: Problem) -> float:
+def seconds_dense(problem: Problem) -> float:
+    """Estimate for a product with a dense weight."""
     read = _dense_bytes(problem) / _DENSE_BYTES.get(problem.dtype, 20e9)
     macs = problem.n * problem.k * problem.m_bucket
     return read + macs / _DENSE_MACS.get(problem.dtype, _SLOW_MACS)
@@ -430,12 +439,12 @@ def _seconds_cached(problem: Problem) -> float:
 
 def _seconds_chunked(problem: Problem) -> float:
     decode = problem.n_terms * problem.n * problem.k / _DECODE_WEIGHTS
-    return decode + _seconds_cached(problem)
+    return decode + seconds_dense(problem)
 
 
 KERNELS = (
     Kernel("int4pack", _refuse_int4, _prepare_int4, _launch_int4, _seconds_int4),
     Kernel("int8pack", _refuse_int8, _prepare_int8, _launch_int8, _seconds_int8),
-    Kernel("dense_cached", _refuse_cached, _prepare_cached, _launch_cached, _seconds_cached),
+    Kernel("dense_cached", _refuse_cached, _prepare_cached, _launch_cached, seconds_dense),
     Kernel("dense_chunked", _refuse_chunked, _prepare_chunked, _launch_chunked, _seconds_chunked),
 )

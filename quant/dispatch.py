@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from . import cpu, cpu_int8, kv_softmax, kv_write, reference
+from . import cpu, cpu_fle, cpu_int8, kv_softmax, kv_write, reference
 from .candidates import ladder_of, ranked, times_of
 from .errors import NoKernelError, nearest_name
 from .kernel import (
@@ -62,7 +62,7 @@ def kernels() -> Mapping[str, Kernel]:
     """Every kernel by name: torch's CPU operators, plain torch for each op, the kernel packages, and
     the entry-point group `fewbit.kernels`."""
     torch_ops = (reference.KERNEL, reference.HADAMARD, kv_softmax.KERNEL, kv_write.KERNEL)
-    ours = (*cpu.KERNELS, *cpu_int8.KERNELS, *torch_ops)
+    ours = (*cpu.KERNELS, *cpu_int8.KERNELS, *cpu_fle.KERNELS, *torch_ops)
     found: dict[str, Kernel] = {kernel.name: kernel for kernel in ours}
     for package, attribute, group in _SOURCES:
         for name, kernel in discover(package, attribute, group).items():

@@ -11,7 +11,8 @@ PACKAGES = ("quant", "calibrate", "export", "kernels_triton", "kernels_cuda")
 FLOORS = {
     0: {"quant.errors", "quant.block", "quant.packed", "quant.format", "quant.kernel",
         "quant.registry", "quant.page_format"},
-    1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.tuned", "quant.recipe",
+    1: {"quant.reference", "quant.cpu", "quant.cpu_int8", "quant.cpu_fle", "quant.tuned",
+        "quant.recipe",
         "quant.names", "quant.hadamard", "quant.kv_policy", "quant.activation",
         "quant.byte_lanes", "quant.machine", "quant.cost_model", "quant.policy",
         "quant.ladder", "quant.tuned_table", "quant.tuned_text", "quant.tuned_file",

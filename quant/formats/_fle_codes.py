@@ -1,4 +1,4 @@
-"""Codes of exponents as bytes, and where the escapes among them are: what `fle.py` stores.
+"""Which exponents have codes, codes as bytes, and where the escapes are: what `fle.py` stores.
 
 4 bits: byte 32·t + j of a row holds column 64·t + j in bits 3..0 and column 64·t + 32 + j in bits 7..4,
 so that a run of bytes is two runs of columns, and no bits change places when it is widened.
@@ -6,7 +6,7 @@ so that a run of bytes is two runs of columns, and no bits change places when it
 
 Columns are a multiple of 64. Escapes are codes 0; they are listed tile by tile of 64 x 64, tiles of the
 first 64 rows first, and within a tile row by row.
-Deliberately not here: what a code means.
+Deliberately not here: parts, and the words that codes become.
 """
 
 import torch
@@ -14,8 +14,21 @@ from torch.nn import functional
 
 TILE = 64  # rows and columns
 _HALF = TILE // 2
+_ZERO_SHARE = 64  # one in so many exponents is 0 where 0 gets a code of its own
 _BIT_0 = 0x0101010101010101  # of each byte
 _GATHER = 0x0102040810204080
+
+
+def window_of(counts: torch.Tensor, most: int) -> tuple[int, int]:
+    """(base, width) where each exponent occurs counts [256] times and the largest code is `most`."""
+    if int(counts[0]) * _ZERO_SHARE <= int(counts.sum()):
+        return _best_window(counts, most), most
+    return 1 + _best_window(counts[1:], most - 1), most - 1
+
+
+def _best_window(counts: torch.Tensor, width: int) -> int:
+    """First of the `width` neighbouring values that occur most often; the least such."""
+    return int(counts.unfold(0, width, 1).sum(-1).argmax())
 
 
 def bytes_of_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -47,10 +47,10 @@ from torch.nn import functional
 from ..errors import FormatError, RecipeError
 from ..format import IntegerForm, Parts, PartSpec
 from ..packed import PackedTensor, Term
-from ._fle_codes import TILE, bytes_of_codes, codes_of_bytes, escapes_of, tile_position
+from . import _fle_native
+from ._fle_codes import TILE, bytes_of_codes, codes_of_bytes, escapes_of, tile_position, window_of
 
 _MOST_ESCAPES = 2**31 - 1
-_ZERO_SHARE = 64  # one in so many exponents is 0 where 0 gets a code of its own
 _EXPONENT = 0x7F80  # its bits in a bf16 word
 
 
@@ -189,8 +189,21 @@ class Fle:
         return [self._pack_matrix(matrix) for matrix in words.view(-1, *weight.shape[-2:])]
 
     def _pack_matrix(self, words: torch.Tensor) -> Parts:
+        if not _fle_native.serves(words):
+            return self._pack_in_torch(words)
+        counts = _fle_native.count(words)
+        base, width = window_of(counts, self.most)
+        inside = counts[base : base + width].sum() + (counts[0] if width < self.most else 0)
+        specs = self.part_specs(tuple(words.shape), FleOptions(words.numel() - int(inside)))
+        parts = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+        parts["window"] = torch.tensor([base, width], dtype=torch.uint8)
+        _fle_native.encode(words, parts, self.code_bits)
+        return parts
+
+    def _pack_in_torch(self, words: torch.Tensor) -> Parts:
         exponent = ((words & _EXPONENT) >> 7).to(torch.uint8)
-        base, width = self._window(exponent)
+        counts = torch.bincount(exponent.flatten(), minlength=256)
+        base, width = window_of(counts, self.most)
         codes = exponent - (base - 1) % 256  # wraps: 1 … width is within the window
         codes = torch.where((codes >= 1) & (codes <= width), codes, 0)
         if width < self.most:
@@ -203,13 +216,6 @@ class Fle:
             "codes": bytes_of_codes(codes, self.code_bits),
         }
         return parts | self._lists(codes, functional.pad(exponent, extra))
-
-    def _window(self, exponent: torch.Tensor) -> tuple[int, int]:
-        """(base, width) for uint8 exponents."""
-        counts = torch.bincount(exponent.flatten(), minlength=256)
-        if int(counts[0]) * _ZERO_SHARE <= exponent.numel():
-            return _best_window(counts, self.most), self.most
-        return 1 + _best_window(counts[1:], self.most - 1), self.most - 1
 
     def _lists(self, codes: torch.Tensor, exponent: torch.Tensor) -> Parts:
         """offset, exponent and position of the escapes in codes [N, Kp]; exponent has their shape."""
@@ -224,8 +230,27 @@ class Fle:
 
     def decode(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """The weight, bf16 of `shape`, every bit as it was, a NaN's too. Parts must be valid."""
-        words = [self._decode_matrix(matrix)[:, : shape[-1]] for matrix in _matrices(parts)]
-        return torch.stack(words).view(torch.bfloat16).view(shape)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=parts["window"].device)
+        for matrix, target in zip(_matrices(parts), weight.view(-1, *shape[-2:]), strict=True):
+            self.decode_into(matrix, target)
+        return weight
+
+    def decode_into(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
+        """As `decode`, of one matrix into bf16 [N, K]. FormatError for a matrix that is not contiguous,
+        for parts of another shape, and for parts that would lead outside of it."""
+        if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            raise FormatError(f"{self.name}: is decoded to contiguous bfloat16, got {weight.dtype} "
+                              f"of strides {weight.stride()}")  # fmt: skip
+        words = weight.view(torch.int16)
+        if not _fle_native.serves(words, *parts.values()):
+            words.copy_(self._decode_matrix(parts)[:, : words.shape[1]])
+            return
+        parts, shape = {name: part.contiguous() for name, part in parts.items()}, tuple(words.shape)
+        options = FleOptions(parts["exponent"].numel() if "exponent" in parts else 0)
+        self._check_specs(parts, shape, options)
+        if not _fle_native.decode(parts, words, self.code_bits):
+            self.check(parts, shape, options)  # says what is wrong
+            raise FormatError(f"{self.name}: the parts were changed while they were decoded")
 
     def _decode_matrix(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Words int16 [N, Kp]."""
@@ -300,6 +325,15 @@ class Fle:
     ) -> None:
         """FormatError, which says what is wrong and where, unless every part has its dtype and shape
         and the parts agree with each other."""
+        self._check_specs(parts, shape, options)
+        for matrix in _matrices(parts):
+            self._check_window(matrix["window"])
+            self._check_offset(matrix["offset"], options.escapes)
+            self._check_codes(matrix, shape)
+
+    def _check_specs(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], options: FleOptions
+    ) -> None:
         specs = self.part_specs(shape, options)
         if set(parts) != set(specs):
             raise FormatError(f"{self.name}: parts must be {sorted(specs)}, got {sorted(parts)}")
@@ -310,10 +344,6 @@ class Fle:
                     f"{self.name}: {name} must be {spec.dtype} {spec.shape}, "
                     f"got {found.dtype} {found.shape}"
                 )
-        for matrix in _matrices(parts):
-            self._check_window(matrix["window"])
-            self._check_offset(matrix["offset"], options.escapes)
-            self._check_codes(matrix, shape)
 
     def _check_window(self, window: torch.Tensor) -> None:
         base, width = window.tolist()
@@ -374,12 +404,7 @@ class Fle:
             )
 
 
-# ---- windows and stacks ----------------------------------------------------------------------
-
-
-def _best_window(counts: torch.Tensor, width: int) -> int:
-    """First of the `width` neighbouring values that occur most often; the least such."""
-    return int(counts.unfold(0, width, 1).sum(-1).argmax())
+# ---- stacks ----------------------------------------------------------------------------------
 
 
 def _matrices(parts: Mapping[str, torch.Tensor]) -> Iterator[Parts]:

@@ -67,7 +67,7 @@ def test_random_weights_have_the_stored_form_and_real_codes(bits, n):
 @pytest.mark.parametrize("name", ["fle4", "fle3"])
 def test_weights_that_are_not_rounded_verify(name):
     of = problem(70, 100, format=name, options=FleOptions())
-    assert case_of(of).verify(Candidate("dense_cached")) < 8e-3
+    assert case_of(of).verify(Candidate("fle_scratch")) < 8e-3
 
 
 def test_rows_are_drawn_from_256():

@@ -377,7 +377,7 @@ def test_products_on_a_cpu_are_those_of_the_dense_weight(bits: int) -> None:
     weight, x = normal(200, 136, 1.0), torch.randn(5, 136).bfloat16()
     expected = torch.nn.functional.linear(x, weight)
     layer = QuantLinear.from_packed(to_fle(weight, bits), None, torch.bfloat16)
-    for kernel in ("dense_cached", "reference"):
+    for kernel in ("fle_scratch", "reference"):
         with use_kernels(kernel):
             assert torch.equal(words(layer(x)), words(expected))
     assert torch.equal(words(layer.weight), words(weight))
