@@ -85,8 +85,9 @@ def quantize(
     publish.check_folder(job.out, restart, job.checkpoint.folder)
     units, work = _units(job)
     outlook = check_resources(
-        job.out, sum(unit.n_bytes for unit in units), job.checkpoint, job.calibration
-    )
+        job.out, sum(unit.n_bytes for unit in units), job.checkpoint, job.calibration,
+        job.recipe.lossless,
+    )  # fmt: skip
     if announce is not None:
         announce(outlook)
     if restart:

@@ -25,14 +25,19 @@ PAUSED_BYTES = 4 << 30  # of activations that wait between stages; more are comp
 _DATA_FREE_BYTES = 400_000_000  # measured: 310 MB, whatever the checkpoint
 _PROCESS_BYTES = 500_000_000  # torch, transformers and their working memory, measured
 _DATA_FREE_RATE = 200e6  # bytes per second, measured on two cores
+_COPY_RATE = 500e6  # of tensors that are coded as they are stored, measured on one core
 _SPARE_BYTES = 64 << 20  # config, manifest, tokenizer, report
 
 
 def check_resources(
-    out: Path, planned_bytes: int, checkpoint: Checkpoint, calibration: CalibrationSet | None
+    out: Path,
+    planned_bytes: int,
+    checkpoint: Checkpoint,
+    calibration: CalibrationSet | None,
+    lossless: bool = False,
 ) -> str:
     """One line on what the run will take. CheckpointError if the disk of `out` or the free memory
-    cannot hold it."""
+    cannot hold it. lossless: planned_bytes is a bound, for tensors will be entropy-coded."""
     existing = sum(path.stat().st_size for path in out.glob("model*.safetensors*"))
     spilled = hidden_bytes(checkpoint, calibration)
     needed = max(0, planned_bytes - existing) + _SPARE_BYTES
@@ -52,8 +57,9 @@ def check_resources(
             f"use {smaller}a machine with more memory"
         )
     seconds = _seconds(checkpoint, calibration)
+    result = f"less than {_size(planned_bytes)}" if lossless else _size(planned_bytes)
     return (
-        f"{checkpoint.name}: {_size(checkpoint.total_bytes)} in, {_size(planned_bytes)} out; disk "
+        f"{checkpoint.name}: {_size(checkpoint.total_bytes)} in, {result} out; disk "
         f"{_size(needed)} of {_size(free)}; memory about {_size(memory)}; about {_span(seconds)}"
     )
 
@@ -99,7 +105,7 @@ def _hidden_size(config: Mapping[str, Any]) -> int:
 def _seconds(checkpoint: Checkpoint, calibration: CalibrationSet | None) -> float:
     """Rough: bytes over the measured copy-and-round rate, or operations over a timed product."""
     if calibration is None:
-        return checkpoint.total_bytes / _DATA_FREE_RATE
+        return checkpoint.total_bytes / (_COPY_RATE if checkpoint.as_stored else _DATA_FREE_RATE)
     side = torch.rand(768, 768)
     side @ side
     started = time.perf_counter()

@@ -25,6 +25,7 @@ def checkpoint(total=4 * GB, **config):
         "down.weight": SimpleNamespace(shape=(4096, 11008)),
     }
     return SimpleNamespace(
+        as_stored=False,
         name="org/model", total_bytes=total, n_parameters=total // 2, tensors=tensors,
         dtype=torch.bfloat16, config={"hidden_size": 4096, "num_hidden_layers": 32} | config,
     )  # fmt: skip
