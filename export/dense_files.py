@@ -14,7 +14,7 @@ import torch
 
 from ..quant.errors import CheckpointError
 from ..quant.format import PartSpec
-from .journal import JOURNAL, write_atomic
+from .journal import JOURNAL, named_os_errors, write_atomic
 from .shards import UnitPlan, index_of
 from .writer import CheckpointWriter
 
@@ -49,15 +49,22 @@ class Reader(Protocol):
 
 
 def write_dense(
-    source: Reader, out: Path, progress: Callable[[str, int, int], None] | None = None
+    source: Reader,
+    out: Path,
+    contents: str,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[str]:
-    """Write all tensors of `source` to `out`; names of the files written. CheckpointError if `out` is
-    neither empty nor an unfinished export of the same tensors."""
+    """Write all tensors of `source` to `out`; names of the files written.
+
+    contents: a text that no source of other contents has. CheckpointError if `out` is neither empty
+    nor an unfinished export of the same tensors.
+    """
     if out.exists() and any(out.iterdir()) and not (out / JOURNAL).is_file():
         raise CheckpointError(f"{out} exists and is not empty; choose another output folder")
     units = _units(source.tensors)
     facts = json.dumps([[u.name, {k: str(v) for k, v in u.tensors.items()}] for u in units])
-    identity = {"export": "dense", "tensors": hashlib.sha256(facts.encode()).hexdigest()}
+    digest = hashlib.sha256(facts.encode()).hexdigest()
+    identity = {"export": "dense", "from": contents, "tensors": digest}
     writer = CheckpointWriter(out, units, identity, MAX_SHARD_BYTES)
     try:
         for index in range(writer.open(), len(units)):
@@ -65,8 +72,9 @@ def write_dense(
             if progress is not None:
                 progress(units[index].name, index + 1, len(units))
         writer.note_extras([path.name for path in source.extra_files])
-        for path in source.extra_files:
-            write_atomic(out / path.name, path.read_bytes())
+        with named_os_errors(out):
+            for path in source.extra_files:
+                write_atomic(out / path.name, path.read_bytes())
         names = [*writer.names, *(path.name for path in source.extra_files)]
         if len(writer.names) > 1:
             write_atomic(out / INDEX, _json_bytes(index_of(writer.stored())))

@@ -23,15 +23,14 @@ mantissa, or a code that became another one of the same length, cannot be seen.
 Not here: which weights make a unit (`to_dfloat11.py`), files, GPU kernels.
 """
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ..quant.errors import CheckpointError
-from .dfloat11_code import Bytes, Code, Longs, Shorts, Unfit, make_code, read_luts
+from .dfloat11_code import Bytes, Longs, Shorts, read_luts
+from .dfloat11_encoder import MAX_ELEMENTS, UnitEncoder, in_threads
 from .dfloat11_native import native
 from .dfloat11_numpy import (
     BAD_CODE,
@@ -43,9 +42,7 @@ from .dfloat11_numpy import (
     NUMPY,
     WINDOW_BITS,
     Engine,
-    Slice,
     Stream,
-    Target,
     unpack_gaps,
 )
 
@@ -53,14 +50,11 @@ CODED = (
     *("luts", "encoded_exponent", "sign_mantissa"),
     *("output_positions", "gaps", "split_positions"),
 )
-MAX_ELEMENTS = 2**31 - 1  # kernels count elements in int32
 SLICE = 1 << 20  # elements coded by one task
 RANGE = 64  # blocks decoded by one task
 GAP_BYTES = BLOCK_WINDOWS * 5 // 8
 
 Parts = Mapping[str, np.ndarray[Any, Any]]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def engine() -> Engine:
@@ -77,67 +71,22 @@ def encode_unit(weights: Sequence[Shorts], using: Engine | None = None) -> dict[
     Unfit if the format has no place for them: no elements, 2³¹ or more, exponents from 240 on, a
     code of more than 17 tables.
     """
-    using = using or engine()
     flat = [np.ascontiguousarray(weight).reshape(-1) for weight in weights]
-    n = sum(len(weight) for weight in flat)
-    if not 0 < n <= MAX_ELEMENTS:
-        raise Unfit(f"it has {n} elements, 1 … {MAX_ELEMENTS} are allowed")
     pieces = [weight[at : at + SLICE] for weight in flat for at in range(0, len(weight), SLICE)]
-    counts = _parallel(using.count, pieces)
-    code = make_code(np.sum(counts, axis=0))
-    bits = [int(count @ code.length.astype(np.int64)) for count in counts]
-    sign_mantissa = np.empty(n, np.uint8)
-    target = _new_target(sum(bits))
-    parts = _slices(pieces, bits, sign_mantissa)
-    run = _parallel if using.encodes_together else _in_turn
-    run(lambda part: using.encode(part, code, target), parts)
-    last_length = int(code.length[_last(flat) >> 7 & 255])
-    encoded, gaps, positions = _finish(target, code, sum(bits), n, last_length)
-    gaps = using.pack(gaps)
+    unit = UnitEncoder([len(piece) for piece in pieces], pieces.__getitem__, using or engine())
+    sign_mantissa = np.empty(unit.n, np.uint8)
+
+    def put(first: int, data: Bytes) -> None:
+        sign_mantissa[first : first + len(data)] = data
+
+    for _ in unit.encode(put):
+        pass
     sizes = np.array([len(weight) for weight in flat], np.int64)
-    found = (code.luts, encoded, sign_mantissa, positions, gaps, np.cumsum(sizes)[:-1])
-    return dict(zip(CODED, found, strict=True))
-
-
-def _last(flat: Sequence[Shorts]) -> int:
-    """The last element of arrays that are not all empty."""
-    return int(next(weight[-1] for weight in reversed(flat) if len(weight)))
-
-
-def _slices(pieces: Sequence[Shorts], bits: Sequence[int], sign_mantissa: Bytes) -> list[Slice]:
-    parts, first, start = [], 0, 0
-    for piece, n_bits in zip(pieces, bits, strict=True):
-        parts.append(Slice(piece, first, start, sign_mantissa[first : first + len(piece)]))
-        first += len(piece)
-        start += n_bits
-    return parts
-
-
-def _new_target(n_bits: int) -> Target:
-    """Space for a window that the last code only ends at, and for blocks of gaps."""
-    n_blocks = n_bits // BLOCK_BITS + 1
-    return Target(
-        np.zeros(n_bits // WINDOW_BITS + 1, ">u8"),
-        np.zeros(n_blocks * BLOCK_WINDOWS, np.uint8),
-        np.zeros(n_blocks, np.uint32),
-    )
-
-
-def _finish(
-    target: Target, code: Code, n_bits: int, n: int, last_length: int
-) -> tuple[Bytes, Bytes, Bytes]:
-    """(encoded_exponent, unpacked gaps, output_positions): the end mark, and which entries exist."""
-    n_bytes = -(-n_bits // 8)
-    encoded = target.words.view(np.uint8)[:n_bytes]
-    window = n_bits // WINDOW_BITS
-    if n_bits % 8:
-        encoded[-1] |= code.eof >> 56 >> n_bits % 8
-    elif n_bits % WINDOW_BITS < last_length:  # it ends here, nothing starts
-        target.gaps[window] = 0
-        window -= 1
-    gaps = target.gaps[: -(-n_bytes // BLOCK_BYTES) * BLOCK_WINDOWS]
-    positions = np.append(target.positions[: window // BLOCK_WINDOWS + 1], np.uint32(n))
-    return encoded, gaps, positions.astype("<u4").view(np.uint8)
+    found = unit.parts() | {
+        "sign_mantissa": sign_mantissa,
+        "split_positions": np.cumsum(sizes)[:-1],
+    }
+    return {name: found[name] for name in CODED}
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -188,7 +137,7 @@ def decode_range(
         return using.decode(stream, *blocks, out[first:last])
 
     ranges = _ranges(begin, end, n_blocks)
-    for (_, last), (status, bit) in zip(ranges, _parallel(one, ranges), strict=True):
+    for (_, last), (status, bit) in zip(ranges, in_threads(one, ranges), strict=True):
         _check_range(status, bit, last == n_blocks, len(stream.encoded), where)
     return out[start - int(positions[begin]) : stop - int(positions[begin])]
 
@@ -263,20 +212,3 @@ def _damaged(where: str, name: str, found: str) -> NoReturn:
     raise CheckpointError(
         f"{where}.{name} {found}; the file is damaged: download or export it again"
     )
-
-
-# --- threads --------------------------------------------------------------------------------------
-
-
-def _parallel(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`work` for each item, on as many threads as there are processors."""
-    items = list(items)
-    n_workers = min(len(items), len(os.sched_getaffinity(0)))
-    if n_workers <= 1:
-        return _in_turn(work, items)
-    with ThreadPoolExecutor(n_workers) as pool:
-        return list(pool.map(work, items))
-
-
-def _in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    return [work(item) for item in items]

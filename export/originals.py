@@ -9,6 +9,8 @@ texts are files that the output has its own version of; shards the headers as th
 padding included. Tokenizer files and the like lie beside the output unchanged.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,11 @@ def original_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             raw = file.read(header.header_bytes)
         shards[header.path.relative_to(folder).as_posix()] = raw[8:].decode("utf-8")
     return {"texts": {name: (folder / name).read_text("utf-8") for name in names}, "shards": shards}
+
+
+def content_sha256(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest: two checkpoints have the same only if every stored byte is the same."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def originals_of(manifest: Mapping[str, Any] | None, where: str) -> Mapping[str, Any]:

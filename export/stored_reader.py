@@ -41,6 +41,13 @@ class StoredReader:
         tensors = {name: tensor for name in contents if (tensor := contents.stored(name))}
         return cls(manifest["source"]["name"], config, tensors, tuple(extras), contents)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`."""
-        return self.contents[name]
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of the leading axis of tensor `name`; a coded one is not decoded beyond
+        the chunks that hold them. A 0-d tensor is read whole."""
+        facts = self.tensors[name]
+        if not facts.shape:
+            return self.contents[name]
+        stop = facts.shape[0] if stop is None else stop
+        if facts.coded:
+            return self.contents.coded(name).rows(start, stop)
+        return self.contents[name][start:stop]

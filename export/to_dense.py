@@ -3,9 +3,7 @@
 Each shard is written as its own header says (`originals.py`), tensor by tensor, decoded in slabs of
 rows: memory stays flat. Every byte is checked on the way: coded tensors against the checksums of their
 chunks, plain ones and small files against the manifest. A shard gets its name when it is complete and
-durable; `config.json` comes last. A run that was interrupted goes on with the shards that are missing:
-
-    fewbit.export.partial      what is being exported, while it is not complete
+durable; `config.json` comes last. A run that was interrupted goes on with the shards that are missing.
 
 Rounded weights are not given back: they are gone.
 """
@@ -22,14 +20,14 @@ import torch
 
 from ..quant.errors import CheckpointError
 from .chunked import bytes_of
+from .claimed import claimed
 from .coded_files import DecodedTensors
-from .journal import named_os_errors, sync_folder, write_atomic
+from .journal import sync_folder, write_atomic
 from .metadata import MANIFEST
-from .originals import originals_of
+from .originals import content_sha256, originals_of
 from .safetensors_file import Entry, Header, read_header
 
-MARKER = "fewbit.export.partial"
-SLAB_BYTES = 32 << 20
+SLAB_BYTES = 2 << 20  # little enough that memory is used again
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"  # written by us, of this checkpoint
 
 Progress = Callable[[str, int, int], None]  # name of the shard, bytes done, bytes in all
@@ -52,10 +50,10 @@ def write_originals(
     assert manifest is not None, "originals were found in no manifest"
     shards = {_safe(folder, name): text for name, text in original["shards"].items()}
     extras = copied_files(folder, headers, manifest)
-    claim(out, {"from": manifest["source"], "shards": sorted(shards)})
     total = sum(_data_bytes(text) for text in shards.values())
     done = 0
-    with named_os_errors(out):
+    identity = {"export": "dense", "from": content_sha256(manifest)}
+    with claimed(out, identity):
         for name, text in shards.items():
             _write_shard(out / name, text, tensors, manifest["tensors"])
             done += _data_bytes(text)
@@ -66,32 +64,7 @@ def write_originals(
         texts = {_safe(folder, name): text for name, text in original["texts"].items()}
         for name in sorted(texts, key=lambda name: name == CONFIG):  # config.json last
             write_atomic(out / name, texts[name].encode())
-        release(out)
     return [*shards, *extras, *texts]
-
-
-def claim(out: Path, what: Mapping[str, Any]) -> None:
-    """Make `out` ours: empty, or left by an interrupted export of the same. CheckpointError if not."""
-    text = json.dumps(what, sort_keys=True).encode()
-    marker = out / MARKER
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; the output must be a folder")
-    if out.exists() and any(out.iterdir()) and not marker.is_file():
-        raise CheckpointError(f"{out} exists and is not empty; choose another output folder")
-    if marker.is_file() and marker.read_bytes() != text:
-        raise CheckpointError(
-            f"{out} holds an unfinished export of something else; finish that one, or remove {out}"
-        )
-    with named_os_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not marker.is_file():
-            write_atomic(marker, text)
-
-
-def release(out: Path) -> None:
-    """The export in `out` is complete."""
-    (out / MARKER).unlink()
-    sync_folder(out)
 
 
 def copied_files(

@@ -8,8 +8,10 @@
     config.json                      + dfloat11_config {version, threads_per_block, bytes_per_thread,
                                      pattern_dict: module pattern -> its weights in stream order}
 
-A unit is held in memory at a time, and is decoded again and compared bit by bit before it is written.
-Files get their names when complete, config.json comes last: a folder without it is unfinished.
+Weights are read in slabs, coded straight into the file, then decoded from it and compared bit by bit:
+memory holds the code stream of one unit and maps its file. A file gets its name when it is complete and
+durable, then its line in the journal; an interrupted run goes on with the files that have none.
+config.json comes last: a folder without it is unfinished.
 
 A unit that the format or its published decoder cannot take stays dense in the same file, which that
 decoder reads too, and `Summary.raw_units` says why: exponents from 240 on, a code of more than 17
@@ -18,354 +20,229 @@ the published decoder asks for (weights that are nearly all zero). Tensors of ot
 refused where they would have to be coded, and stored as they are elsewhere. Shapes, which the format
 leaves to the model's code, are noted in each file's metadata too.
 
-Not here: other architectures than stacks of `layers`, resuming, quantized checkpoints.
+Not here: which tensors make a unit (`dfloat11_plan.py`), the streams (`dfloat11_encoder.py`), quantized
+checkpoints.
 """
 
+import hashlib
 import json
+import math
 import os
-import re
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from ..quant.errors import CheckpointError
-from .dfloat11 import Shorts, decode_range, encode_unit, open_unit
-from .dfloat11_code import Unfit
-from .journal import named_os_errors, sync_folder, write_atomic
+from .claimed import claimed
+from .dfloat11 import decode_range, engine, open_unit
+from .dfloat11_code import Bytes, Shorts, Unfit
+from .dfloat11_encoder import UnitEncoder
+from .dfloat11_plan import Described, Plan, Source, bits_of, make_plan, stem_of
+from .journal import Journal, sync_folder, write_atomic
 from .safetensors_file import DTYPES
+from .writeback import Writeback
 
 VERSION = "0.5.0"  # of the compressor whose layout this is
 SHAPES = "fewbit_shapes"  # key of a file's metadata
 SHARED_BYTES = 48 * 1024
-COMPARED = 1 << 22  # elements
-REST = "model"
+SLAB_BYTES = 1 << 20  # little enough to stay in the processor's cache, and to get used memory
+BAND = 64  # rows that a coded source decodes together
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LAYER = re.compile(r"((?:[^.]+\.)*?layers\.\d+)\.(.+)\.weight")
-_NO_LINEAR = re.compile(r"(.*\.)?(gate|router|shared_expert_gate|[^.]*(norm|embed|bias|conv)[^.]*)")
-_ORDER = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-)
 _OTHER_ENCODINGS = ("quantization_config", "compression_config", "dfloat11_config")
 
 Progress = Callable[[str, int, int], None]  # a file's name, files done, files in all
-
-
-class Described(Protocol):
-    """What must be known of a tensor before it is read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its axes."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its elements."""
-
-
-class Source(Protocol):
-    """What is exported: a `Checkpoint`, or anything that gives named dense tensors."""
-
-    @property
-    def tensors(self) -> Mapping[str, Described]:
-        """Names, shapes and dtypes, in file order."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """config.json."""
-
-    @property
-    def extra_files(self) -> tuple[Path, ...]:
-        """Files to copy."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+Writing = Callable[[int, int], Iterator[int]]  # file, place in it -> numbers of bytes written
 
 
 @dataclass(frozen=True)
-class Plan:
-    """units: module -> names of its weights in stream order. pattern_dict: of the config.
+class FileFacts:
+    """A finished file. module: of its unit, if it has one. raw: why that stays dense, if it does.
 
-    files: file stem -> names of tensors that it stores as they are. dropped: tied heads.
+    n_coded: elements of a coded unit. coded_bytes: what they take. n_bytes: of the file.
     """
 
-    units: Mapping[str, tuple[str, ...]]
-    pattern_dict: Mapping[str, list[str]]
-    files: Mapping[str, list[str]]
-    dropped: tuple[str, ...] = ()
-
-
-@dataclass
-class Summary:
-    """raw_units: module -> why it stays dense. coded_elements, coded_bytes: of the others.
-
-    dropped: tied heads, which are not stored. source_bytes, stored_bytes: of all tensors.
-    """
-
-    raw_units: dict[str, str] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    coded_units: int = 0
-    coded_elements: int = 0
+    name: str
+    n_bytes: int
+    module: str | None = None
+    raw: str | None = None
+    n_coded: int = 0
     coded_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """files: as they were finished. dropped: tied heads, which are not stored. extras: other files.
+
+    source_bytes: of all tensors.
+    """
+
+    files: tuple[FileFacts, ...]
+    dropped: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     source_bytes: int = 0
-    stored_bytes: int = 0
+
+    @property
+    def raw_units(self) -> dict[str, str]:
+        """Module -> why it stays dense."""
+        return {f.module: f.raw for f in self.files if f.module and f.raw is not None}
+
+    @property
+    def coded_units(self) -> int:
+        """Units that are coded."""
+        return sum(f.n_coded > 0 for f in self.files)
+
+    @property
+    def coded_elements(self) -> int:
+        """Weights in them."""
+        return sum(f.n_coded for f in self.files)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all files with tensors, headers included."""
+        return sum(f.n_bytes for f in self.files)
 
     @property
     def bits_per_weight(self) -> float:
         """Of coded units, tables and indexes included; 16 without any."""
-        return 8 * self.coded_bytes / self.coded_elements if self.coded_elements else 16.0
+        coded = sum(f.coded_bytes for f in self.files)
+        return 8 * coded / self.coded_elements if self.coded_elements else 16.0
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor on its way to a file."""
+    """A tensor of a file. rank: items with a lower one are written first, wherever they lie."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[], Any]  # its bytes
+    write: Writing
+    rank: int = 1
 
     @property
     def n_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_dfloat11(source: Source, out: Path, progress: Progress | None = None) -> Summary:
-    """Write `source` to the new or empty folder `out`. CheckpointError: `out` is not empty, no decoder
-    layers were found, a weight is not bf16, or a disk error."""
+def write_dfloat11(
+    source: Source, out: Path, progress: Progress | None = None, identity: str = ""
+) -> Summary:
+    """Write `source` to the folder `out`, which is new, empty, or holds an unfinished export of it.
+
+    identity: a text that no source of other contents has. CheckpointError: `out` holds something
+    else, no decoder layers were found, a weight is not bf16, or a disk error.
+    """
     plan = make_plan(source)
-    with named_os_errors(out):
-        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            raise CheckpointError(f"{out} exists and is not an empty folder; choose a new one")
-        out.mkdir(parents=True, exist_ok=True)
-        summary = Summary(dropped=plan.dropped)
-        modules = {_stem(module): module for module in plan.units}
-        for done, (stem, names) in enumerate(plan.files.items()):
-            items = _items(source, plan, modules.get(stem), names, summary)
-            _write_file(out / f"{stem}.safetensors", items, _shapes(source, plan, items))
-            del items  # before the next unit is read
-            if progress is not None:
-                progress(f"{stem}.safetensors", done + 1, len(plan.files))
-        summary.source_bytes = sum(_size(info) for info in source.tensors.values())
-        summary.stored_bytes = _stored_bytes(out)
+    claim = {"export": "dfloat11", "from": identity, "plan": _digest(source, plan)}
+    with claimed(out, claim) as journal:
+        files = _write_files(source, plan, out, journal, progress)
         for path in source.extra_files:
-            shutil.copyfile(path, out / path.name)
+            write_atomic(out / path.name, path.read_bytes())
         write_atomic(out / "config.json", _config(source.config, plan).encode())
-    return summary
+    extras = tuple(path.name for path in source.extra_files)
+    source_bytes = sum(math.prod(t.shape) * t.dtype.itemsize for t in source.tensors.values())
+    return Summary(tuple(files), plan.dropped, extras, source_bytes)
 
 
-# --- what goes where ------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
-def make_plan(source: Source) -> Plan:
-    """Units, patterns and files of `source`. CheckpointError: see `write_dfloat11`."""
-    layers = _layers(source.tensors)
-    if not layers:
+def _digest(source: Source, plan: Plan) -> str:
+    facts = [[name, list(t.shape), str(t.dtype)] for name, t in source.tensors.items()]
+    text = json.dumps([VERSION, facts, plan.files, plan.units, dict(source.config)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(journal: Journal, out: Path) -> dict[str, FileFacts]:
+    """Files that need not be written again."""
+    try:
+        found = [FileFacts(**e["facts"]) for e in journal.events if e["event"] == "file"]
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
-            "no decoder layers were found (names like model.layers.0.self_attn.q_proj.weight); "
-            "DFloat11 export knows no other architectures: use the recipe `lossless`"
-        )
-    ends, dropped = _embedding_units(source)
-    pattern_dict: dict[str, list[str]] = {re.escape(module): [] for module in ends}
-    pattern_dict |= _patterns(layers)
-    units = {module: (f"{module}.weight",) for module in ends} | {
-        module: tuple(f"{module}.{attribute}.weight" for attribute in attributes)
-        for module, attributes in layers.items()
+            f"{journal.path}: not a journal of this version ({error!r}); remove {out}"
+        ) from error
+    return {
+        facts.name: facts
+        for facts in found
+        if (out / facts.name).is_file() and (out / facts.name).stat().st_size == facts.n_bytes
     }
-    _check_bf16(source.tensors, [name for names in units.values() for name in names])
-    return Plan(units, pattern_dict, _files(source.tensors, units, dropped), dropped)
-
-
-def _layers(tensors: Mapping[str, Described]) -> dict[str, tuple[str, ...]]:
-    """Layer module -> paths of its linears, in the published order where that knows them all."""
-    found: dict[str, list[str]] = {}
-    for name, info in tensors.items():
-        match = _LAYER.fullmatch(name)
-        if match and len(info.shape) == 2 and not _NO_LINEAR.fullmatch(match[2]):
-            found.setdefault(match[1], []).append(match[2])
-    known = {attribute: place for place, attribute in enumerate(_ORDER)}
-    for attributes in found.values():
-        attributes.sort(key=lambda attribute: known.get(attribute, len(known)))
-    order = sorted(found, key=lambda module: (_container(module), int(module.rpartition(".")[2])))
-    return {module: tuple(found[module]) for module in order}
-
-
-def _container(module: str) -> str:
-    return module.rpartition(".")[0]
-
-
-def _patterns(layers: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
-    """`model\\.layers\\.\\d+`, or a list of numbers where layers of one stack differ."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for module, attributes in layers.items():
-        groups.setdefault((_container(module), attributes), []).append(module.rpartition(".")[2])
-    stacks = [container for container, _ in groups]
-    patterns = {}
-    for (container, attributes), numbers in groups.items():
-        number = r"\d+" if stacks.count(container) == 1 else f"(?:{'|'.join(numbers)})"
-        patterns[rf"{re.escape(container)}\.{number}"] = list(attributes)
-    return patterns
-
-
-def _embedding_units(source: Source) -> tuple[list[str], tuple[str, ...]]:
-    """(modules of head and embedding to be coded, names of tied heads to be left out)."""
-    head = "lm_head.weight"
-    found = [name for name in source.tensors if f".{name}".endswith(".embed_tokens.weight")]
-    text = source.config.get("text_config")
-    stated = [part.get("tie_word_embeddings") for part in (source.config, text or {})]
-    if head not in source.tensors or not found:
-        return [], ()
-    if True not in stated:
-        return ["lm_head", *(name.removesuffix(".weight") for name in found)], ()
-    if not torch.equal(_bits(source.read(head)), _bits(source.read(found[0]))):
-        raise CheckpointError(
-            f"config.json ties {head} to {found[0]}, but they differ; set tie_word_embeddings to "
-            f"false, or remove {head}"
-        )
-    return [], (head,)
-
-
-def _check_bf16(tensors: Mapping[str, Described], names: Sequence[str]) -> None:
-    other = [name for name in names if tensors[name].dtype != torch.bfloat16]
-    if other:
-        dtype = str(tensors[other[0]].dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{other[0]} is {dtype} ({len(other)} of {len(names)} weights are not bf16), DFloat11 "
-            f"stores bfloat16 only; use the recipe `lossless`, or convert the checkpoint first"
-        )
-
-
-def _files(
-    tensors: Mapping[str, Described], units: Mapping[str, tuple[str, ...]], dropped: Sequence[str]
-) -> dict[str, list[str]]:
-    """File stem -> tensors that are stored as they are. A unit's file holds all of its module."""
-    files: dict[str, list[str]] = {_stem(module): [] for module in units}
-    if len(files) != len(units) or REST in files:
-        raise CheckpointError(f"modules {sorted(units)} give one file name twice; rename them")
-    coded = {name for names in units.values() for name in names} | set(dropped)
-    for name in tensors:
-        if name not in coded:
-            module = _module_of(name, units)
-            files.setdefault(REST if module is None else _stem(module), []).append(name)
-    return files
-
-
-def _module_of(name: str, units: Mapping[str, tuple[str, ...]]) -> str | None:
-    parts = name.split(".")
-    return next((m for n in range(len(parts)) if (m := ".".join(parts[:n])) in units), None)
-
-
-def _stem(module: str) -> str:
-    return module.replace(".", "_")
 
 
 # --- one file -------------------------------------------------------------------------------------
 
 
-def _items(
-    source: Source, plan: Plan, module: str | None, names: Sequence[str], summary: Summary
-) -> list[_Item]:
-    """Tensors of one file; the unit is coded here, others are read when they are written."""
-    items = []
-    if module is not None:
-        weights = plan.units[module]
-        try:
-            parts = _coded(source, module, weights)
-        except Unfit as error:
-            summary.raw_units[module] = str(error)
-            names = [*weights, *names]
-        else:
-            items = [_part(f"{module}.{name}", part) for name, part in parts.items()]
-            summary.coded_units += 1
-            summary.coded_elements += len(parts["sign_mantissa"])
-            summary.coded_bytes += sum(item.n_bytes for item in items)
-    return items + [_dense(source, name) for name in names]
+def _write_files(
+    source: Source, plan: Plan, out: Path, journal: Journal, progress: Progress | None
+) -> list[FileFacts]:
+    finished = _finished(journal, out)
+    modules = {stem_of(module): module for module in plan.units}
+    files = []
+    for stem, names in plan.files.items():
+        facts = finished.get(f"{stem}.safetensors")
+        if facts is None:
+            facts = _write_unit(source, plan, modules.get(stem), names, out / f"{stem}.safetensors")
+            journal.append({"event": "file", "facts": asdict(facts)})
+        files.append(facts)
+        if progress is not None:
+            progress(facts.name, len(files), len(plan.files))
+    return files
 
 
-def _coded(source: Source, module: str, names: Sequence[str]) -> dict[str, Any]:
-    """The tensors of a unit, proven to give the same bits."""
-    weights = [_bits(source.read(name)).reshape(-1).numpy().view(np.uint16) for name in names]
-    parts = encode_unit(weights)
-    _check_shared_memory(parts["output_positions"])
-    _compare(parts, weights, module)
-    return parts
+def _write_unit(
+    source: Source, plan: Plan, module: str | None, names: Sequence[str], final: Path
+) -> FileFacts:
+    """A file with its unit coded if that can be, and other tensors as they are."""
+    plain = [_dense(source, name) for name in names]
+    if module is None:
+        return FileFacts(final.name, _write_file(final, plain, {}))
+    weights = plan.units[module]
+    try:
+        unit = _Unit.count(source, module, weights)
+        shapes = {name: list(source.tensors[name].shape) for name in weights}
+        n_bytes = _write_file(final, [*unit.items(), *plain], {SHAPES: json.dumps(shapes)}, unit)
+    except Unfit as error:
+        dense = [_dense(source, name) for name in weights]
+        return FileFacts(final.name, _write_file(final, dense + plain, {}), module, str(error))
+    coded_bytes = sum(item.n_bytes for item in unit.items())
+    return FileFacts(final.name, n_bytes, module, None, unit.encoder.n, coded_bytes)
 
 
-def _compare(parts: dict[str, Any], weights: Sequence[Shorts], module: str) -> None:
-    """In pieces small enough to reuse the same memory: fresh pages cost more than decoding."""
-    stream, first = open_unit(parts, module), 0
-    for weight in weights:
-        for at in range(0, len(weight), COMPARED):
-            piece = weight[at : at + COMPARED]
-            found = decode_range(stream, first + at, first + at + len(piece), module)
-            assert np.array_equal(found, piece), f"{module}: decoding did not give the same bits"
-        first += len(weight)
-
-
-def _check_shared_memory(positions: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    largest = int(np.diff(positions.view("<u4").astype(np.int64)).max())
-    needed = 512 * 4 + 4 + 2 * largest
-    if needed > SHARED_BYTES:
-        raise Unfit(
-            f"a block of 4096 bytes holds {largest} elements, for which the published decoder "
-            f"needs {needed} bytes of shared memory, {SHARED_BYTES} are allowed"
-        )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int16)
-
-
-def _part(name: str, part: np.ndarray[Any, Any]) -> _Item:
-    dtype = torch.int64 if part.dtype == np.int64 else torch.uint8
-    data = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-    return _Item(name, dtype, part.shape, lambda: data)
-
-
-def _dense(source: Source, name: str) -> _Item:
-    info = source.tensors[name]
-
-    def load() -> Any:
-        return source.read(name).contiguous().reshape(-1).view(torch.uint8).numpy()
-
-    return _Item(name, info.dtype, tuple(info.shape), load)
-
-
-def _write_file(final: Path, items: list[_Item], shapes: Mapping[str, list[int]]) -> None:
-    """One safetensors file, widest dtypes first, so that all are aligned; named when complete."""
-    items.sort(key=lambda item: (-item.dtype.itemsize, item.name))
+def _write_file(
+    final: Path, items: list[_Item], metadata: Mapping[str, str], unit: "_Unit | None" = None
+) -> int:
+    """One safetensors file, widest dtypes first, so that all are aligned; its size. Named when
+    complete and, if it has a unit, compared."""
+    items = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
+    head = _header(items, metadata)
+    ends = np.cumsum([len(head), *(item.n_bytes for item in items)]).tolist()
     partial = final.with_name(final.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(_header(items, shapes))
-            for item in items:
-                file.write(item.load())
-            file.flush()
-            os.fsync(file.fileno())
+        with open(partial, "w+b") as file, closing(Writeback()) as writeback:
+            handle = file.fileno()
+            _write_at(handle, head, 0)
+            for item, at in sorted(zip(items, ends, strict=False), key=lambda pair: pair[0].rank):
+                for n_bytes in item.write(handle, at):
+                    writeback.wrote(handle, n_bytes)
+            file.truncate(ends[-1])  # of a last tensor without elements
+            if unit is not None:
+                unit.compare(file, dict(zip((item.name for item in items), ends, strict=False)))
+            writeback.settle()
+            os.fsync(handle)
         os.replace(partial, final)
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
     sync_folder(final.parent)
+    return int(ends[-1])
 
 
-def _shapes(source: Source, plan: Plan, items: Iterable[_Item]) -> dict[str, list[int]]:
-    """Shapes of the weights that are coded in a file."""
-    modules = [item.name.removesuffix(".luts") for item in items if item.name.endswith(".luts")]
-    coded = [name for module in modules for name in plan.units.get(module, ())]
-    return {name: list(source.tensors[name].shape) for name in coded}
-
-
-def _header(items: Iterable[_Item], shapes: Mapping[str, list[int]]) -> bytes:
-    metadata = {"format": "pt"} | ({SHAPES: json.dumps(shapes)} if shapes else {})
-    entries: dict[str, Any] = {"__metadata__": metadata}
+def _header(items: Iterable[_Item], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata)}
     begin = 0
     for item in items:
         entries[item.name] = {
@@ -377,6 +254,111 @@ def _header(items: Iterable[_Item], shapes: Mapping[str, list[int]]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _write_at(handle: int, data: bytes | Bytes, at: int) -> None:
+    view: Any = data
+    while len(view):
+        n_written = os.pwrite(handle, view, at)
+        view, at = view[n_written:], at + n_written
+
+
+# --- slabs ----------------------------------------------------------------------------------------
+
+
+def _slabs(info: Described) -> list[tuple[int, int]]:
+    """Rows [start, stop) of about SLAB_BYTES, whole bands."""
+    n_rows = info.shape[0] if info.shape else 1
+    row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+    step = -(-max(1, SLAB_BYTES // max(1, row_bytes)) // BAND) * BAND
+    return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def _dense(source: Source, name: str) -> _Item:
+    info = source.tensors[name]
+
+    def write(handle: int, at: int) -> Iterator[int]:
+        for start, stop in _slabs(info):
+            rows = source.read(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
+            _write_at(handle, rows.numpy(), at)
+            at += rows.numel()
+            yield rows.numel()
+
+    return _Item(name, info.dtype, tuple(info.shape), write)
+
+
+# --- a unit ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """A module's weights, counted. split: where one ends and the next begins, int64."""
+
+    module: str
+    encoder: UnitEncoder
+    split: np.ndarray[Any, np.dtype[np.int64]]
+    _parts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def count(cls, source: Source, module: str, names: Sequence[str]) -> "_Unit":
+        """The first of three readings. Unfit: see `UnitEncoder`."""
+        places = [(name, *rows) for name in names for rows in _slabs(source.tensors[name])]
+        widths = {name: math.prod(source.tensors[name].shape[1:]) for name in names}
+
+        def fetch(index: int) -> Shorts:
+            return bits_of(source.read(*places[index])).reshape(-1).numpy().view(np.uint16)
+
+        sizes = [(stop - start) * widths[name] for name, start, stop in places]
+        ends = np.cumsum([math.prod(source.tensors[name].shape) for name in names], dtype=np.int64)
+        return cls(module, UnitEncoder(sizes, fetch, engine()), ends[:-1])
+
+    def items(self) -> list[_Item]:
+        """The six tensors. Signs and mantissas are written while the others are made."""
+        shapes = {name: (size,) for name, size in self.encoder.sizes.items()}
+        shapes["luts"] = self.encoder.code.luts.shape
+        found = [
+            _Item(f"{self.module}.{name}", torch.uint8, shape, self._writing(name))
+            for name, shape in shapes.items()
+            if name != "sign_mantissa"
+        ]
+        split = _Item(f"{self.module}.split_positions", torch.int64, self.split.shape,
+                      lambda handle, at: _written(handle, self.split.view(np.uint8), at))  # fmt: skip
+        first = _Item(f"{self.module}.sign_mantissa", torch.uint8, shapes["sign_mantissa"],
+                      self._encode, rank=0)  # fmt: skip
+        return [*found, split, first]
+
+    def _writing(self, name: str) -> Writing:
+        return lambda handle, at: _written(handle, self._parts[name].reshape(-1), at)
+
+    def _encode(self, handle: int, at: int) -> Iterator[int]:
+        yield from self.encoder.encode(lambda first, data: _write_at(handle, data, at + first))
+        self._parts.update(self.encoder.parts())
+        _check_shared_memory(self._parts["output_positions"])
+
+    def compare(self, file: IO[bytes], places: Mapping[str, int]) -> None:
+        """The third reading: what lies in the file gives the same bits."""
+        place = places[f"{self.module}.sign_mantissa"]
+        mapped = np.memmap(file, np.uint8, "r", place, (self.encoder.n,))
+        parts = self._parts | {"sign_mantissa": mapped, "split_positions": self.split}
+        stream = open_unit(parts, self.module)
+        self.encoder.compare(
+            stream, lambda coded, start, stop: decode_range(coded, start, stop, self.module)
+        )
+
+
+def _written(handle: int, data: Bytes, at: int) -> Iterator[int]:
+    _write_at(handle, data, at)
+    yield len(data)
+
+
+def _check_shared_memory(positions: Bytes) -> None:
+    largest = int(np.diff(positions.view("<u4").astype(np.int64)).max())
+    needed = 512 * 4 + 4 + 2 * largest
+    if needed > SHARED_BYTES:
+        raise Unfit(
+            f"a block of 4096 bytes holds {largest} elements, for which the published decoder "
+            f"needs {needed} bytes of shared memory, {SHARED_BYTES} are allowed"
+        )
 
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -391,11 +373,3 @@ def _config(config: Mapping[str, Any], plan: Plan) -> str:
         "pattern_dict": dict(plan.pattern_dict),
     }
     return json.dumps(kept, indent=2) + "\n"
-
-
-def _size(info: Described) -> int:
-    return int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
-
-
-def _stored_bytes(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -130,7 +130,7 @@ def _add_export(commands: Any) -> None:
         "--to", required=True, metavar="FORM",
         help="dense: what `lossless` was given, byte for byte; dfloat11: of bf16 checkpoints",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
     parser.set_defaults(run=_export)
 
 
@@ -277,7 +277,9 @@ def _export(options: argparse.Namespace) -> int:
     def show(name: str, done: int, total: int) -> None:
         print(f"{name}: {done / max(total, 1):.0%}", file=sys.stderr)
 
-    export(options.path, options.out, options.to, None if options.quiet else show)
+    found = export(options.path, options.out, options.to, None if options.quiet else show)
+    if not options.quiet:
+        print(found.text())
     return 0
 
 

@@ -41,7 +41,7 @@ def test_all_tensors_are_written(tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr(dense_files, "MAX_SHARD_BYTES", shard_bytes)
     extra = tmp_path / "tokenizer.json"
     extra.write_text("{}")
-    names = write_dense(Source(extra_files=(extra,)), tmp_path / "out")
+    names = write_dense(Source(extra_files=(extra,)), tmp_path / "out", "a")
     assert sorted(names) == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert ("model.safetensors.index.json" in names) == (shard_bytes == 70_000)
     found = held(tmp_path / "out")
@@ -51,14 +51,16 @@ def test_all_tensors_are_written(tmp_path, monkeypatch, shard_bytes):
 def test_an_interrupted_export_reads_nothing_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(dense_files, "UNIT_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
-        write_dense(Source(left=3), tmp_path / "out")
+        write_dense(Source(left=3), tmp_path / "out", "a")
     assert not (tmp_path / "out" / "config.json").exists()
     rest = Source(left=3)
-    write_dense(rest, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"unfinished run with another from"):
+        write_dense(rest, tmp_path / "out", "b")
+    write_dense(rest, tmp_path / "out", "a")
     assert rest.left == 0 and len(held(tmp_path / "out")) == 6
 
 
 def test_folders_of_others_are_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"exists and is not empty"):
-        write_dense(Source(), tmp_path)
+        write_dense(Source(), tmp_path, "a")

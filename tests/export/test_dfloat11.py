@@ -177,7 +177,7 @@ def test_ranges_and_small_tasks(engine, monkeypatch):
     whole = encode_unit([expected], engine)
     monkeypatch.setattr(dfloat11, "SLICE", 1_000)
     monkeypatch.setattr(dfloat11, "RANGE", 2)
-    monkeypatch.setattr(dfloat11.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     unit = encode_unit([expected[:3], expected[3:3], expected[3:]], engine)
     assert unit["split_positions"].tolist() == [3, 3]
     for part in ("luts", "encoded_exponent", "sign_mantissa", "output_positions", "gaps"):

@@ -1,4 +1,4 @@
-"""Originals are written from headers; claims on folders; slabs of coded tensors."""
+"""Originals are written from headers and slabs of coded tensors."""
 
 import pytest
 import torch
@@ -7,24 +7,9 @@ from fewbit.export import to_dense
 from fewbit.export.coded_files import DecodedTensors, stored_tensors
 from fewbit.export.safetensors_file import read_header
 from fewbit.export.shards import UnitPlan
-from fewbit.export.to_dense import MARKER, claim, release, slabs
+from fewbit.export.to_dense import slabs
 from fewbit.export.writer import CheckpointWriter
-from fewbit.quant.errors import CheckpointError
 from fewbit.quant.format import PartSpec
-
-
-def test_a_claim_holds_until_it_is_released(tmp_path):
-    claim(tmp_path / "out", {"from": "a"})
-    claim(tmp_path / "out", {"from": "a"})  # the same export goes on
-    with pytest.raises(CheckpointError, match=r"unfinished export of something else"):
-        claim(tmp_path / "out", {"from": "b"})
-    release(tmp_path / "out")
-    assert not (tmp_path / "out" / MARKER).exists()
-    (tmp_path / "out" / "x").write_text("x")
-    with pytest.raises(CheckpointError, match=r"exists and is not empty"):
-        claim(tmp_path / "out", {"from": "a"})
-    with pytest.raises(CheckpointError, match=r"is a file; the output must be a folder"):
-        claim(tmp_path / "out" / "x", {"from": "a"})
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (5, 64, 256), (70_000,), (300, 33)])

@@ -2,7 +2,6 @@
 
 import json
 import re
-import weakref
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,8 @@ from fewbit.export import to_dfloat11
 from fewbit.export.checkpoint import Checkpoint
 from fewbit.export.decode import TensorInfo
 from fewbit.export.dfloat11 import CODED
-from fewbit.export.to_dfloat11 import make_plan, write_dfloat11
+from fewbit.export.journal import Journal
+from fewbit.export.to_dfloat11 import write_dfloat11
 from fewbit.quant.errors import CheckpointError
 
 BUNDLED = Path(str(files("fewbit.quant"))) / "data" / "tiny-llama"
@@ -31,9 +31,11 @@ def source(tensors, config=None, extra_files=()):
         name: TensorInfo(name, tuple(t.shape), t.dtype, t.nbytes, "plain")
         for name, t in tensors.items()
     }
-    return SimpleNamespace(
-        tensors=infos, config=config or {}, extra_files=extra_files, read=tensors.__getitem__
-    )
+
+    def read(name, start=0, stop=None):
+        return tensors[name][start:stop] if tensors[name].ndim else tensors[name]
+
+    return SimpleNamespace(tensors=infos, config=config or {}, extra_files=extra_files, read=read)
 
 
 def random(*shape, dtype=torch.bfloat16):
@@ -106,44 +108,6 @@ def test_the_bundled_model(tmp_path):
     assert list(load_file(out / "model.safetensors")) == ["model.norm.weight"]
 
 
-PHI = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
-
-
-@pytest.mark.parametrize(
-    ("attributes", "prefix", "pattern", "expected"),
-    [
-        (LLAMA, "model.layers", r"model\.layers\.\d+", LLAMA),
-        (LLAMA, "language_model.model.layers", r"language_model\.model\.layers\.\d+", LLAMA),
-        (PHI, "model.layers", r"model\.layers\.\d+", PHI),
-        (("attn.wo", "attn.wqkv", "mlp.w2"), "layers", r"layers\.\d+", None),
-        (
-            ("mlp.experts.0.up_proj", "mlp.gate", "mlp.experts.1.up_proj", "self_attn.q_norm"),
-            "model.layers",
-            r"model\.layers\.\d+",
-            ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj"),
-        ),
-    ],
-)
-def test_patterns_of_architectures(attributes, prefix, pattern, expected):
-    """Published order where it is known, else that of the file; routers and norms are no linears."""
-    tensors = small(attributes, n_layers=11, prefix=prefix, ends=False)
-    plan = make_plan(source(tensors))
-    assert plan.pattern_dict == {pattern: list(expected or attributes)}
-    assert list(plan.units) == [f"{prefix}.{layer}" for layer in range(11)]
-    for module in plan.units:
-        assert re.fullmatch(pattern, module)
-
-
-def test_layers_that_differ_get_patterns_of_their_own():
-    tensors = small(("self_attn.q_proj", "mlp.up_proj"), n_layers=3, ends=False)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    plan = make_plan(source(tensors))
-    assert plan.pattern_dict == {
-        r"model\.layers\.(?:0|2)": ["self_attn.q_proj", "mlp.up_proj"],
-        r"model\.layers\.(?:1)": ["self_attn.q_proj"],
-    }
-
-
 # --- head and embedding ---------------------------------------------------------------------------
 
 
@@ -157,29 +121,6 @@ def test_tied_embeddings_stay_dense_and_the_head_is_not_stored(tmp_path):
     assert sorted(rest) == ["model.embed_tokens.weight", "model.norm.weight"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert list(config["dfloat11_config"]["pattern_dict"]) == [r"model\.layers\.\d+"]
-
-
-def test_tied_embeddings_without_a_head():
-    tensors = small()
-    del tensors["lm_head.weight"]
-    plan = make_plan(source(tensors))
-    assert plan.files["model"] == ["model.embed_tokens.weight", "model.norm.weight"]
-
-
-def test_a_tie_that_is_none_is_refused():
-    config = {"text_config": {"tie_word_embeddings": True}}
-    with pytest.raises(
-        CheckpointError, match=r"ties lm_head.weight to model.embed_tokens.weight, but"
-    ):
-        make_plan(source(small(), config))
-
-
-def test_minus_zero_is_not_zero_in_a_tie():
-    tensors = small()
-    tensors["model.embed_tokens.weight"] = torch.zeros(50, 16).bfloat16()
-    tensors["lm_head.weight"] = -torch.zeros(50, 16).bfloat16()
-    with pytest.raises(CheckpointError, match="but they differ"):
-        make_plan(source(tensors, {"tie_word_embeddings": True}))
 
 
 # --- what stays dense -----------------------------------------------------------------------------
@@ -242,11 +183,6 @@ def test_other_dtypes_of_weights_are_refused_by_name(tmp_path, dtype, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_layers():
-    with pytest.raises(CheckpointError, match="no decoder layers were found"):
-        make_plan(source({"h.0.attn.c_attn.weight": random(4, 4)}))
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -255,12 +191,12 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path):
     write_dfloat11(source(small()), tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(
-        CheckpointError, match="exists and is not an empty folder; choose a new one"
+        CheckpointError, match="exists and is not empty; choose another output folder"
     ):
         write_dfloat11(source(small()), tmp_path / "out")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is not an empty folder"):
+    with pytest.raises(CheckpointError, match="is a file; the output must be a folder"):
         write_dfloat11(source(small()), tmp_path / "file")
 
 
@@ -269,15 +205,15 @@ def test_a_failure_leaves_whole_files_and_no_config(tmp_path):
     found = source(small())
     read = found.read
 
-    def breaks_off(name):
+    def breaks_off(name, *rows):
         if name == "model.layers.1.input_layernorm.weight":
             raise CheckpointError("the source is gone")
-        return read(name)
+        return read(name, *rows)
 
     found.read = breaks_off
     with pytest.raises(CheckpointError, match="the source is gone"):
         write_dfloat11(found, tmp_path / "out")
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*[!l]"))
     assert names == [
         "lm_head.safetensors", "model_embed_tokens.safetensors", "model_layers_0.safetensors",
     ]  # fmt: skip
@@ -285,33 +221,116 @@ def test_a_failure_leaves_whole_files_and_no_config(tmp_path):
         load_file(tmp_path / "out" / name)
 
 
-def test_one_unit_is_read_at_a_time(tmp_path, monkeypatch):
-    """Tensors of the unit before are let go before the next is read."""
-    alive, most = 0, 0
-    tensors = small(n_layers=4)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    class Counted(np.ndarray):
-        pass
 
-    original = to_dfloat11.encode_unit
+def stopped_at(found, name, n_reads):
+    """The same source, interrupted at the n-th reading of a tensor."""
+    left = n_reads
 
-    def encode(weights):
-        nonlocal alive, most
-        parts = original(weights)
-        alive += 1
-        most = max(most, alive)
-        counted = parts["sign_mantissa"].view(Counted)
-        finalizers.append(weakref.finalize(counted, gone))
-        return parts | {"sign_mantissa": counted}
+    def read(asked, *rows):
+        nonlocal left
+        left -= asked == name
+        if left == 0:
+            raise KeyboardInterrupt
+        reads.append(asked)
+        return found.read(asked, *rows)
 
-    def gone():
-        nonlocal alive
-        alive -= 1
+    reads = []
+    return SimpleNamespace(**vars(found) | {"read": read}), reads
 
-    finalizers = []
-    monkeypatch.setattr(to_dfloat11, "encode_unit", encode)
-    write_dfloat11(source(tensors), tmp_path / "out")
-    assert len(finalizers) == 6 and most == 1, most
+
+@pytest.mark.parametrize("n_reads", [1, 2, 3])
+def test_an_interrupted_export_goes_on(tmp_path, n_reads):
+    """Interrupted while the second layer is counted, coded or compared."""
+    found = source(small())
+    whole = write_dfloat11(found, tmp_path / "whole")
+    name = "model.layers.1.mlp.gate_proj.weight"
+    stopped, _ = stopped_at(found, name, n_reads)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_dfloat11(stopped, out)
+    assert sorted(contents(out)) == [
+        "fewbit.journal", "lm_head.safetensors", "model_embed_tokens.safetensors",
+        "model_layers_0.safetensors",
+    ]  # fmt: skip
+    before = (out / "model_layers_0.safetensors").stat().st_ino
+    again, reads = stopped_at(found, "", 1)
+    assert write_dfloat11(again, out) == whole
+    assert not any("layers.0" in asked for asked in reads) and reads.count(name) == 3
+    assert (out / "model_layers_0.safetensors").stat().st_ino == before
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_finished_file_that_is_gone_or_short_is_written_again(tmp_path):
+    found = source(small())
+    write_dfloat11(found, tmp_path / "whole")
+    stopped, _ = stopped_at(found, "model.norm.weight", 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_dfloat11(stopped, tmp_path / "out")
+    (tmp_path / "out" / "lm_head.safetensors").unlink()
+    with open(tmp_path / "out" / "model_layers_0.safetensors", "r+b") as file:
+        file.truncate(100)
+    write_dfloat11(found, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_export_of_something_else_is_refused(tmp_path):
+    stopped, _ = stopped_at(source(small()), "model.norm.weight", 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_dfloat11(stopped, tmp_path / "out", identity="a")
+    before = contents(tmp_path / "out")
+    for other, identity in [(source(small()), "b"), (source(small(n_layers=3)), "a")]:
+        with pytest.raises(CheckpointError, match="unfinished run of something else"):
+            write_dfloat11(other, tmp_path / "out", identity=identity)
+    assert contents(tmp_path / "out") == before
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    first = Journal(tmp_path / "out" / "fewbit.journal")
+    first.open()
+    with pytest.raises(CheckpointError, match="another fewbit process"):
+        write_dfloat11(source(small()), tmp_path / "out")
+    first.close()
+    write_dfloat11(source(small()), tmp_path / "out")
+
+
+def test_weights_are_read_in_slabs(tmp_path, monkeypatch):
+    """Whatever the slabs, the files are the same; none is larger than a band of rows needs."""
+    tensors = small(n_layers=1)
+    tensors["model.layers.0.mlp.up_proj.weight"] = random(1000, 16)
+    found = source(tensors)
+    write_dfloat11(found, tmp_path / "whole")
+    sizes = []
+    read = found.read
+
+    def counted(name, start=0, stop=None):
+        sizes.append(stop - start)
+        return read(name, start, stop)
+
+    found.read = counted
+    monkeypatch.setattr(to_dfloat11, "SLAB_BYTES", 128 * 32)
+    write_dfloat11(found, tmp_path / "out")
+    assert max(sizes) == 128 and sizes.count(128) == 3 * 7
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_difference_is_found_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    """A bit that goes wrong on its way to the disk."""
+    write_at = to_dfloat11._write_at
+
+    def wrong(handle, data, at):
+        data = bytearray(data)
+        if len(data) == 24 * 16:  # signs and mantissas of one slab
+            data[100] ^= 1
+        write_at(handle, bytes(data), at)
+
+    monkeypatch.setattr(to_dfloat11, "_write_at", wrong)
+    with pytest.raises(AssertionError, match="did not give the same bits"):
+        write_dfloat11(source(small()), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("model_layers*"))
 
 
 def test_other_encodings_of_the_source_leave_the_config(tmp_path):
