@@ -2,10 +2,11 @@
 
     kinds     bytes, bf16, halves, fp32, 32-bit and 64-bit words
     planes    the first one coded, all of them, the last one, none
-    orders    flat, with tails of 1 to 31 elements; tiles of 64 rows and 256 columns; short pieces
-    streams   coded, constant, raw, mixed in one tensor
-    damage    a flipped bit of states, an index that lies, words cut off: flagged, nothing written
-              outside, and what is behind the words changes nothing
+    orders    flat, with tails of 1 to 64 elements; tiles of 64 rows and 256 columns; short pieces
+    streams   coded, constant, raw, mixed in one tensor, with and without bytes that states carry
+    damage    a flipped bit of states, states that carry what is nowhere to go, an index that lies,
+              words cut off: flagged, nothing written outside, and what is behind the words changes
+              nothing
 
 Memory behind the output holds a pattern that must survive.
 """
@@ -63,10 +64,11 @@ SPOTS = (
     Spot("tile", CHUNK * 12, 3),
     Spot("piece", 1000),
     Spot("flat", 33),
+    Spot("flat", CHUNK + 64),
     Spot("flat", CHUNK * 700),
     Spot("tile", CHUNK * 256, 16),
 )
-_FEW = (Spot("flat", _TAIL), Spot("piece", 100), Spot("flat", 1))
+_FEW = (Spot("flat", _TAIL), Spot("piece", 100), Spot("flat", 1), Spot("flat", 64))
 
 
 def lanes(kernel: Kernel, place: Place) -> list[Lane]:
@@ -148,6 +150,23 @@ def _error(
 # ---- damaged ones ---------------------------------------------------------------------------
 
 
+def _sound() -> tuple[np.ndarray, np.ndarray, Group]:
+    """500 bytes, their frequencies, and the stream that is to be damaged."""
+    data = planted(500, Kind.BYTE)
+    layout = flat_layout(data.size, Kind.BYTE)
+    freq = rans32.normalize(rans32.count(data, Kind.BYTE, layout)[0])[None]
+    return data, freq, rans32.encode(data, Kind.BYTE, layout, freq)
+
+
+def _carrying(group: Group) -> Group:
+    """The stream that the same bytes have as the upper halves of words, which carries lower ones."""
+    data, freq, _ = _sound()
+    halves = np.stack((data ^ 255, data), axis=1).reshape(-1)
+    layout = flat_layout(data.size, Kind.HALF)
+    found = rans32.encode(halves, Kind.HALF, layout, np.concatenate((freq, freq * 0)))
+    return replace(found, raw=group.raw)
+
+
 def _flipped_state(group: Group) -> Group:
     state = group.state.copy()
     state[0, 7] ^= 1 << 21
@@ -172,6 +191,7 @@ def _cut(group: Group) -> Group:
 
 _DAMAGE: dict[str, Callable[[Group], Group]] = {
     "a flipped bit of a state": _flipped_state,
+    "states that carry bytes": _carrying,
     "an index beyond the words": _beyond,
     "an index that runs backwards": _backwards,
     "a stream that is cut off": _cut,
@@ -188,10 +208,8 @@ def _damage_check(kernel: Kernel, name: str, place: Place) -> Check:
 def _damage_error(kernel: Kernel, config: Config, name: str, place: Place) -> float:
     """0 if the stream is flagged, nothing is written behind the output, and what lies behind the
     words does not matter."""
-    n = 500
-    layout, data = flat_layout(n, Kind.BYTE), planted(n, Kind.BYTE)
-    freq = rans32.normalize(rans32.count(data, Kind.BYTE, layout)[0])[None]
-    group = _DAMAGE[name](rans32.encode(data, Kind.BYTE, layout, freq))
+    data, freq, sound = _sound()
+    n, layout, group = data.size, flat_layout(data.size, Kind.BYTE), _DAMAGE[name](sound)
     found = []
     for behind in (0, 255):
         streams = upload(group, Kind.BYTE, layout, freq, place.device)

@@ -6,8 +6,9 @@
 A stream (a plane of a chunk) is a warp; `_rans32.py` has the algorithm. Where only the first plane is
 coded, which is how floating-point weights are stored, one kernel writes elements at once: for BF16 it
 reads 1.3 bytes and writes 2. Otherwise planes are decoded to a workspace of n bytes each, and a second
-kernel merges them. Chunks lie in the output as the layout says: in a run, or as a tile of 64 rows and
-256 columns.
+kernel merges them. Bytes of raw planes that are carried by states (`quant/codecs/chunks.py`) are put
+in place by the kernel of streams. Chunks lie in the output as the layout says: in a run, or as a tile
+of 64 rows and 256 columns.
 
 Whatever the streams hold, nothing is read or written out of bounds: shapes, frequencies and layout are
 checked here, the rest by the kernel. A stream that does not end as it must raises a flag, of which
@@ -26,7 +27,16 @@ import numpy as np
 import torch
 
 from ..quant.codecs import frequencies
-from ..quant.codecs.chunks import CHUNK, LANES, Damage, Group, Layout
+from ..quant.codecs.chunks import (
+    CARRIED,
+    CHUNK,
+    LANES,
+    Damage,
+    Group,
+    Layout,
+    carried,
+    raw_offsets,
+)
 from ..quant.codecs.planes import Kind
 from ..quant.cost_model import Tiling, Work, launch_seconds
 from ..quant.errors import CheckpointError, NoKernelError
@@ -40,6 +50,7 @@ from ._rans32 import (
     BAD_MODE,
     BLOCK,
     INTEGERS,
+    MAX_REGISTERS,
     PAIRED,
     decode_stream,
     merge_chunk,
@@ -50,8 +61,8 @@ from ._triton import interpreted, off_gpu
 _CODED_BITS = 2.6  # of an exponent in trained weights
 _INSTRUCTIONS = 50  # of a lane, for an element
 _SAID = {
-    BAD_INDEX: "its index runs backwards, beyond the words, or to an odd byte",
-    BAD_END: "the coder does not end where it began",
+    BAD_INDEX: "its index runs backwards, beyond the words, to an odd byte, or ends with a mode",
+    BAD_END: "the coder does not end where it must",
     BAD_MODE: "its length, state or padding is not that of its mode",
 }
 
@@ -63,9 +74,10 @@ _SAID = {
 class Streams:
     """C chunks of a coded tensor with J coded and R raw planes, on one device.
 
-    words: u8. index: int64 [C·J + 1]. state: int32 [C·J, 32]. tables: int32 [J, 4096]. raw: u8 [R, n].
-    starts: int64 [C], first element of each chunk in the output. coded: which planes of `kind` are
-    coded. n: elements. piece, stride: in elements, as in `rans32.Layout`. reach: bytes of output.
+    words: u8. index: int64 [C·J + 1]. state: int32 [C·J, 32]. tables: int32 [J, 4096]. raw: u8, that of
+    a `Group` behind 64 zeros. starts: int64 [C], first element of each chunk in the output. coded:
+    which planes of `kind` are coded. n: elements. piece, stride: in elements, as in `rans32.Layout`.
+    reach: bytes of output.
     """
 
     words: torch.Tensor
@@ -102,11 +114,11 @@ def upload(
     _check_layout(layout, width)
     tables = np.array([frequencies.slots(row) for row in freq[coded]], np.uint32)
     return Streams(
-        words=_even(_sent(group.words, np.uint8, device)),
+        words=_sent(group.words[: group.words.size // 2 * 2], np.uint8, device),
         index=_sent(group.index, np.int64, device),
         state=_sent(group.state, np.int32, device),
         tables=_sent(tables.reshape(-1, frequencies.TOTAL), np.int32, device),
-        raw=_sent(group.raw, np.uint8, device),
+        raw=_sent(np.concatenate((np.zeros(CARRIED, np.uint8), group.raw)), np.uint8, device),
         starts=_sent(layout.starts // width, np.int64, device),
         kind=kind,
         coded=tuple(coded.tolist()),
@@ -143,16 +155,6 @@ def _reach(layout: Layout, width: int) -> int:
 def _sent(array: np.ndarray, dtype: type, device: torch.device | str) -> torch.Tensor:
     """The bytes of `array` as `dtype` on `device`; a copy on the CPU, too, as they may be in a file."""
     return torch.from_numpy(np.array(array, order="C").view(dtype)).to(device)
-
-
-def _even(words: torch.Tensor) -> torch.Tensor:
-    """With zeros behind, if there are none or an odd number: they are read as words of 16 bits."""
-    n = words.numel()
-    if n and n % 2 == 0:
-        return words
-    padded = words.new_zeros(n + 1 + (n + 1) % 2)
-    padded[:n] = words
-    return padded
 
 
 # ---- launch ---------------------------------------------------------------------------------
@@ -251,7 +253,10 @@ def _run(
         return flags
     pair = kind in PAIRED
     target = out[: out.numel() // width * width].view(INTEGERS[width])
-    given = (words.view(torch.int16), index, state, tables)
+    pairs = words.view(torch.int16) if words.numel() else words.new_empty(0, dtype=torch.int16)
+    given = (pairs, index, state, tables)
+
+    carries = int(0 < n_coded < width)  # the first coded plane, a byte of the first raw one
 
     def stream(
         plane: int, rest: torch.Tensor, at: torch.Tensor, into: torch.Tensor, *order: int
@@ -259,8 +264,9 @@ def _run(
         fused = into is target
         decode_stream[(n_chunks,)](
             *given, rest, at, into, flags, n, words.numel(), order[1], n_coded, plane,
+            carries if plane == 0 else 0,
             PLANES=width if fused else 1, PAIR=fused and pair, PIECE=order[0],
-            PTX=not interpreted(), num_warps=1, num_stages=1,
+            PTX=not interpreted(), num_warps=1, num_stages=1, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
 
     if coded[0] and n_coded == 1:
@@ -268,17 +274,30 @@ def _run(
         return flags
     planes = words.new_empty(width, n)
     flat = torch.arange(0, n, CHUNK, device=words.device)
-    given_rows = [row for row, is_coded in zip(planes, coded, strict=True) if not is_coded]
-    for row, stored in zip(given_rows, raw, strict=True):
-        row.copy_(stored)
+    raw_rows = [row for row, is_coded in zip(planes, coded, strict=True) if not is_coded]
+    _unfold(raw[CARRIED:], raw_rows, n, n_coded)
     made_rows = [row for row, is_coded in zip(planes, coded, strict=True) if is_coded]
     for plane, row in enumerate(made_rows):
-        stream(plane, raw, flat, row.view(torch.int8), CHUNK, 0)
+        stream(plane, raw_rows[0] if carries else raw, flat, row.view(torch.int8), CHUNK, 0)
     merge_chunk[(n_chunks, CHUNK // BLOCK)](
         planes, starts, target, n, stride,
         PLANES=width, PAIR=pair, PIECE=piece, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     return flags
+
+
+def _unfold(raw: torch.Tensor, rows: Sequence[torch.Tensor], n: int, n_coded: int) -> None:
+    """Fill `rows` [R], u8 [n] each, from raw planes that lie chunk by chunk; not what is carried."""
+    n_full, n_raw = n // CHUNK, len(rows)
+    last = raw_offsets(np.full(n_full, CHUNK), n_coded, n_raw)[-1]
+    for size, first, part in ((CHUNK, 0, raw[:last]), (n % CHUNK, n_full * CHUNK, raw[last:])):
+        absent, at = carried(size, n_coded, n_raw), 0
+        chunks = part.view(-1, size * n_raw - absent) if part.numel() else part
+        for number, row in enumerate(rows if part.numel() else ()):
+            skipped = 0 if number else absent
+            into = row[first : first + len(chunks) * size].view(-1, size)[:, skipped:]
+            into.copy_(chunks[:, at : at + size - skipped])
+            at += size - skipped
 
 
 def _fake(

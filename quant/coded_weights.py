@@ -161,12 +161,17 @@ def keep(model: nn.Module, kept: Mapping[str, CodedTensor], device: torch.device
 
 
 def _on_device(tensor: CodedTensor, device: torch.device) -> Coded:
-    """The planes on a GPU, decoded there. (Not yet run on a GPU.)"""
+    """The planes on a GPU, decoded there; CheckpointError if `device` is none."""
     if device.type != "cuda":
         raise CheckpointError(
             f"{tensor.name}: coded weights are decoded on a CPU or an NVIDIA GPU, got {device}; load "
             f"with resident='decoded'"
         )
+    return _uploaded(tensor, device)
+
+
+def _uploaded(tensor: CodedTensor, device: torch.device) -> Coded:
+    """The planes on `device`, decoded by Triton there. (Not yet run on a GPU.)"""
     from ..kernels_triton.decode_rans32 import DeviceTensor, upload
 
     head = tensor.head

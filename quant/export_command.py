@@ -78,8 +78,8 @@ def export(
     if is_dfloat11(config):
         if to == "dfloat11":
             raise RecipeError(f"{path_or_id} is a DFloat11 checkpoint already; copy it")
-        source = DFloat11Checkpoint.open(folder)
-        return _dense(out, write_dense(source, out, _folder_identity(folder), progress))
+        coded = DFloat11Checkpoint.open(folder)
+        return _dense(out, write_dense(coded, out, _folder_identity(folder), progress))
     if _is_ours(config):
         return _export_ours(open_stored(folder), out, to, progress)
     if to == "dense":

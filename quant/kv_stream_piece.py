@@ -12,11 +12,12 @@ level 0, bytes of a tensor (elements in the order of its shape)
     streams
 
 streams, of n elements in C = ⌈n / 16384⌉ chunks, J coded and R raw planes (`codecs/chunks.py`)
-    u8  [R, n]        raw planes
+    u8  [·]           raw planes, less what the states of chunks carry
     u32 [C]           CRC32C of the elements
     u32 [C · J]       bits 31..30 mode (rans, constant, raw), bits 29..0 bytes of words
     u32 [·, 32]       end states, for the streams with mode rans
     u8  [·]           symbols, for the streams with mode constant
+    u16 [·, 32]       what states carry, for the streams that do and have another mode than rans
     u8  [·]           words
 
 A chunk's index costs 136 bytes of up to 16384, 0.066 bit an element.
@@ -30,7 +31,7 @@ import torch
 
 from .codecs import rans32
 from .codecs.planes import Kind, kind_of
-from .codecs.rans32 import CHUNK, LANES, Damage, Group, Mode, flat_layout
+from .codecs.rans32 import CARRIED, CHUNK, LANES, Damage, Group, Mode, flat_layout
 from .kv_stream_codes import dequantize, n_symbols, quantize
 from .kv_stream_frame import Reader, StreamError
 from .kv_stream_predict import from_runs, to_runs
@@ -114,7 +115,9 @@ def encode_tensor(tensor: torch.Tensor) -> bytes:
     for row in frequencies[coded]:
         parts.append(np.packbits(row > 0, bitorder="little").tobytes())
         parts.append(row[row > 0].astype("<u2").tobytes())
-    return b"".join((*parts, _streams(rans32.encode(data, kind, layout, frequencies))))
+    group = rans32.encode(data, kind, layout, frequencies)
+    n_carrying = _n_carrying(layout.n_elements, int(coded.sum()), int((~coded).sum()))
+    return b"".join((*parts, _streams(group, n_carrying)))
 
 
 def _frequencies(counts: np.ndarray, n_chunks: int) -> np.ndarray:
@@ -148,33 +151,51 @@ def decode_tensor(piece: Reader, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return found.reshape(shape)
 
 
-def _streams(group: Group) -> bytes:
-    """As drawn above."""
+def _streams(group: Group, n_carrying: int = 0) -> bytes:
+    """As drawn above; n_carrying: of the chunks."""
     offsets = (group.index & np.uint64(_OFFSET)).astype(np.int64)
     modes = (group.index[:-1] >> np.uint64(_MODE)).astype(np.int64)
     heads = modes << 30 | np.diff(offsets)
+    is_constant = modes == Mode.CONSTANT
+    aside = _aside(modes, len(group.crc), n_carrying)
     return b"".join((
         group.raw.tobytes(),
         group.crc.astype("<u4").tobytes(),
         heads.astype("<u4").tobytes(),
         group.state[modes == Mode.RANS].astype("<u4").tobytes(),
-        group.state[modes == Mode.CONSTANT, 0].astype(np.uint8).tobytes(),
+        (group.state[is_constant, 0] >> np.uint32(16)).astype(np.uint8).tobytes(),
+        group.state[aside].astype("<u2").tobytes(),
         group.words.tobytes(),
     ))  # fmt: skip
 
 
+def _n_carrying(n: int, n_coded: int, n_raw: int) -> int:
+    """How many chunks of n elements, the first ones, carry bytes of a raw plane in their states."""
+    return (n + CHUNK - CARRIED) // CHUNK if n_coded and n_raw else 0
+
+
+def _aside(modes: np.ndarray, n_chunks: int, n_carrying: int) -> np.ndarray:
+    """bool [C · J]: streams that carry something and are not rans."""
+    is_first = np.zeros((n_chunks, len(modes) // max(n_chunks, 1)), bool)
+    is_first[:n_carrying, :1] = True
+    return is_first.reshape(-1) & (modes != Mode.RANS)
+
+
 def _read_streams(piece: Reader, n: int, n_coded: int, n_raw: int) -> Group:
     """The group of n elements; what it says is for the decoder to check."""
-    n_chunks = -(-n // CHUNK)
-    raw = piece.array("u1", n_raw * n).reshape(n_raw, n)
+    n_chunks, n_carrying = -(-n // CHUNK), _n_carrying(n, n_coded, n_raw)
+    raw = piece.array("u1", n_raw * n - CARRIED * n_carrying)
     crc = piece.array("<u4", n_chunks)
     heads = piece.array("<u4", n_chunks * n_coded).astype(np.int64)
     modes, lengths = heads >> 30, heads & _LENGTH
     state = np.zeros((len(heads), LANES), np.uint32)
     is_rans, is_constant = modes == Mode.RANS, modes == Mode.CONSTANT
-    n_rans = int(is_rans.sum())
+    aside = _aside(modes, n_chunks, n_carrying)
+    n_rans, n_aside = int(is_rans.sum()), int(aside.sum())
     state[is_rans] = piece.array("<u4", n_rans * LANES).reshape(n_rans, LANES)
-    state[is_constant, 0] = piece.array("u1", int(is_constant.sum()))
+    symbols = piece.array("u1", int(is_constant.sum())).astype(np.uint32)
+    state[is_constant] = symbols[:, None] << np.uint32(16)
+    state[aside] |= piece.array("<u2", n_aside * LANES).reshape(n_aside, LANES)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     words = piece.array("u1", int(offsets[-1]))
     index = offsets.astype(np.uint64)

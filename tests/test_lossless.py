@@ -276,7 +276,7 @@ def test_ternary_parts_take_the_smaller_of_two_codecs(tmp_path):
     folder.mkdir()
     tensors = {
         f"{name}.weight": torch.randn(rows, columns, generator=generator).bfloat16()
-        for name, rows, columns in [("few", 32, 320), ("many", 512, 1024)]
+        for name, rows, columns in [("few", 16, 320), ("many", 512, 1024)]
     }
     save_file(tensors, folder / "model.safetensors")
     settings = ['weights={format="ternary"}']

@@ -10,11 +10,28 @@ as a tile of 64 rows and 256 columns it is 64 pieces of 256 elements, one row ap
 A group is C chunks in that order. J of its planes are coded, each chunk's plane by itself, and R are
 stored as they are:
 
-    raw     u8  [R, n]        rows of raw planes, in chunk order
+    raw     u8  [bytes]       raw planes, chunk after chunk, planes inside; less what is carried
     words   u8  [bytes]       the streams, chunk after chunk, planes inside, each of even length
     index   u64 [C·J + 1]     bits 63..62 mode, bits 61..0 offset into `words`; the last: where all end
-    state   u32 [C·J, 32]     RANS: end states of the encoder; CONSTANT: [0] the symbol; else 0
+    state   u32 [C·J, 32]     what a stream begins or ends with, below
     crc     u32 [C]           CRC32C of a chunk's element bytes, as they were before coding
+
+A coder may begin with any state in [2^16, 2^17), so that 16 bits in each of 32 lanes are free. Where
+there is a coded plane (J >= 1) and a raw one (R >= 1), a chunk of n >= 64 elements carries the first 64
+bytes of its first raw plane there, in the states of its first coded plane:
+
+    element      0      1    ..     31     32     33   ..     63     64  ..  n-1     first raw plane
+               b[0]   b[1]   ..  b[31]   b[32]  b[33]  ..  b[63]   b[64] ..
+               └──────────── in the states, not in `raw` ──────────┘└─ in `raw`, before the next plane
+
+    half[l] = b[l] | b[l + 32] << 8        l = 0..31; 0 in all other streams, and if nothing is carried
+
+    state      31..................16 15...................0
+    RANS        end state of an encoder that began with 1 << 16 | half; a decoder ends with it
+    CONSTANT    the symbol           | half                   in all lanes
+    RAW         0                    | half
+
+A full chunk has R · 16384 - 64 bytes in `raw`, so that any chunk can be found there.
 
 Nothing is coded here.
 """
@@ -28,6 +45,7 @@ from .planes import Kind
 
 CHUNK = 16384
 LANES = 32
+CARRIED = 2 * LANES  # bytes of a raw plane that states hold
 MODE_SHIFT = 62
 OFFSET_MASK = (1 << MODE_SHIFT) - 1
 
@@ -68,13 +86,8 @@ class Layout:
 
     def check(self, n_bytes: int, kind: Kind) -> None:
         """`ValueError` unless every element lies in a buffer of this many bytes."""
+        self.check_arrays()
         starts, sizes = self.starts, self.sizes
-        if starts.ndim != 1 or starts.shape != sizes.shape:
-            raise ValueError(f"starts {starts.shape} and sizes {sizes.shape} must be [n_chunks]")
-        if starts.dtype != np.int64 or sizes.dtype != np.int32:
-            raise ValueError(f"starts {starts.dtype}, sizes {sizes.dtype}: must be int64 and int32")
-        if self.piece < 1 or self.stride < 0 or self.stride >> 48:
-            raise ValueError(f"piece {self.piece} must be >= 1 and stride {self.stride} >= 0")
         if not sizes.size:
             return
         if sizes.min() < 1 or sizes.max() > CHUNK:
@@ -86,12 +99,44 @@ class Layout:
                 f"a chunk ends behind the buffer's {n_bytes} bytes, or starts before it"
             )
 
+    def check_arrays(self) -> None:
+        """`ValueError` for other shapes or dtypes, or an impossible piece or stride; no look inside."""
+        starts, sizes = self.starts, self.sizes
+        if starts.ndim != 1 or starts.shape != sizes.shape:
+            raise ValueError(f"starts {starts.shape} and sizes {sizes.shape} must be [n_chunks]")
+        if starts.dtype != np.int64 or sizes.dtype != np.int32:
+            raise ValueError(f"starts {starts.dtype}, sizes {sizes.dtype}: must be int64 and int32")
+        if self.piece < 1 or self.stride < 0 or self.stride >> 48:
+            raise ValueError(f"piece {self.piece} must be >= 1 and stride {self.stride} >= 0")
+
 
 def flat_layout(n_elements: int, kind: Kind) -> Layout:
     """Contiguous chunks in the order of memory."""
     first = np.arange(0, n_elements, CHUNK, dtype=np.int64)
     sizes = np.minimum(n_elements - first, CHUNK).astype(np.int32)
     return Layout(first * kind.n_planes, sizes, CHUNK, 0)
+
+
+def carried(size: int, n_coded: int, n_raw: int) -> int:
+    """Bytes of its first raw plane that a chunk of this size has in its states: 64 or 0."""
+    return CARRIED if n_coded and n_raw and size >= CARRIED else 0
+
+
+def raw_bytes(sizes: np.ndarray, n_coded: int, n_raw: int) -> int:
+    """Bytes of `raw` of chunks of these sizes."""
+    n_carrying = int(np.count_nonzero(sizes >= CARRIED)) if n_coded and n_raw else 0
+    return n_raw * int(sizes.sum()) - CARRIED * n_carrying if n_raw else 0
+
+
+def raw_offsets(sizes: np.ndarray, n_coded: int, n_raw: int) -> np.ndarray:
+    """int64 [C + 1]: where in `raw` the bytes of each chunk begin, and where all end."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    if n_raw:
+        stored = sizes.astype(np.int64) * n_raw
+        if n_coded:
+            stored -= CARRIED * (sizes >= CARRIED)
+        np.cumsum(stored, out=offsets[1:])
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -108,7 +153,7 @@ class Group:
         """`Damage` unless the arrays have the dtypes and shapes of this many planes."""
         n_chunks = len(layout.sizes)
         wanted = {
-            "raw": (np.uint8, (n_raw, layout.n_elements)),
+            "raw": (np.uint8, (raw_bytes(layout.sizes, n_coded, n_raw),)),
             "words": (np.uint8, (self.words.size,)),
             "index": (np.uint64, (n_chunks * n_coded + 1,)),
             "state": (np.uint32, (n_chunks * n_coded, LANES)),

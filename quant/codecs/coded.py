@@ -4,11 +4,13 @@ Elements are cut into byte planes (`planes.py`); a plane is coded by `rans32.py`
 where that would save too little. Tensor `T` becomes seven U8 tensors, all integers little-endian:
 
     T.rans32.head    u8  [..]        what this is, below
-    T.rans32.raw     u8  [n · R]     the R planes that are not coded, chunk by chunk, planes in order
+    T.rans32.raw     u8  [..]        the R planes that are not coded, chunk by chunk, planes in order,
+                                     without the 64 bytes of each chunk that its states carry
     T.rans32.words   u8  [..]        streams of the J coded planes, chunk by chunk, planes in order
     T.rans32.state   u32 [C, J, 32]  states that decoding starts from
     T.rans32.index   u64 [C·J + 1]   bits 63..62: mode of the stream, 61..0: where it begins in words
-    T.rans32.freq    u16 [J, 256]    frequencies of the symbols, 4096 in all
+    T.rans32.freq    u8  [..]        for each coded plane 32 bytes, bit s % 8 of byte s / 8 for a symbol
+                                     that occurs, then u16 frequencies of those, 4096 in all
     T.rans32.crc     u32 [C]         CRC32C of a chunk's elements, in the order of the chunk
 
     head   0 "fbrn"   4 version u8   5 kind u8    6 order u8    7 axes u8
@@ -29,13 +31,9 @@ specification of lossless coding, section 4 (D1) and 7.
 """
 
 import math
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import google_crc32c
@@ -43,6 +41,9 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
+from ..native.threads import over_threads
+from . import frequencies
+from .chunks import CARRIED
 from .planes import Kind, kind_of
 from .rans32 import CHUNK, Damage, Group, Layout, decode
 
@@ -51,7 +52,6 @@ SUFFIX = ".rans32."
 PLANES = ("raw", "words", "state", "index", "crc", "freq", "head")  # in the order of writing
 TILE = (64, 256)  # rows, columns
 STREAM_BYTES = 4 * 32 + 8  # states and index entry of one stream
-TABLE_BYTES = 2 * 256
 _MAGIC = b"fbrn"
 _FIXED = struct.Struct("<4sBBBBBBHIII")
 _FLAT, _TILE = 0, 1
@@ -60,6 +60,7 @@ _OFFSET = np.uint64((1 << 62) - 1)
 _AGAIN = "it is damaged: fetch or quantize again"
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Table = np.ndarray[Any, np.dtype[np.uint16]]
 
 # Codes of dtypes in a head. Never renumbered.
 _DTYPES: dict[int, torch.dtype] = {
@@ -119,15 +120,23 @@ class Head:
         """Chunks of one band of tiles; 1 in flat order."""
         return self.shape[-1] // TILE[1] if self.tiled else 1
 
+    def raw_offset(self, chunk: int) -> int:
+        """Where the raw bytes of a chunk begin; of the last one's successor: how many there are."""
+        if not self.n_raw:
+            return 0
+        begun = min(chunk * CHUNK, self.n_elements)
+        rest = begun % CHUNK
+        carrying = begun // CHUNK + (rest >= CARRIED)
+        return begun * self.n_raw - carrying * CARRIED
+
     def plane_bytes(self) -> dict[str, int]:
-        """Bytes of every plane but `words`."""
+        """Bytes of every plane but `words` and `freq`, whose sizes depend on contents."""
         streams = self.n_chunks * self.n_coded
         return {
-            "raw": self.n_raw * self.n_elements,
+            "raw": self.raw_offset(self.n_chunks),
             "state": 128 * streams,
             "index": 8 * (streams + 1),
             "crc": 4 * self.n_chunks,
-            "freq": TABLE_BYTES * self.n_coded,
             "head": _FIXED.size + 8 * len(self.shape) + 4,
         }
 
@@ -200,12 +209,14 @@ def parse_head(name: str, data: bytes) -> Head:
 class CodedTensor:
     """A coded tensor: its name (for errors), its head and its planes, uint8 each.
 
-    Planes may be mapped from a file: only what is asked for is read.
+    Planes may be mapped from a file: only what is asked for is read. freq: tables of all planes, zero
+    for raw ones, uint16 [planes, 256].
     """
 
     name: str
     head: Head
     planes: Mapping[str, torch.Tensor]
+    freq: Table
 
     @classmethod
     def open(cls, name: str, planes: Mapping[str, torch.Tensor]) -> "CodedTensor":
@@ -222,8 +233,9 @@ class CodedTensor:
                     f"{name}: plane {plane} has {planes[plane].numel()} bytes, {list(head.shape)} "
                     f"{head.dtype} needs {wanted}; {_AGAIN}"
                 )
-        found = cls(name, head, planes)
+        found = cls(name, head, planes, np.zeros((len(head.coded), 256), np.uint16))
         found._check_plane("freq", head.freq_crc)
+        found.freq[list(head.coded)] = unpack_freq(name, planes["freq"].numpy(), head.n_coded)
         return found
 
     def _check_plane(self, plane: str, wanted: int) -> None:
@@ -352,72 +364,48 @@ class CodedTensor:
         """All chunks, for decoders of other devices."""
         return self._group(0, self.head.n_chunks)
 
-    @property
-    def freq(self) -> Any:
-        """Tables of all planes, zero for raw ones, uint16 [planes, 256]."""
-        table = np.zeros((len(self.head.coded), 256), np.uint16)
-        table[list(self.head.coded)] = self._numbers("freq", "<u2").reshape(-1, 256)
-        return table
-
     def _numbers(self, plane: str, dtype: str) -> Any:
         return self.planes[plane].numpy().view(dtype)
 
     def _group(self, start: int, stop: int) -> Group:
-        """Chunks [start, stop) with the index rebased to their own words."""
-        head, n_coded = self.head, self.head.n_coded
-        stored = self._numbers("index", "<u8")[start * n_coded : stop * n_coded + 1]
-        offsets, modes = stored & _OFFSET, stored & ~_OFFSET
-        modes[-1] = 0
-        first, last = int(offsets[0]), int(offsets[-1])
-        words = self.planes["words"].numpy()
-        if not 0 <= first <= last <= words.size:
-            raise Damage(0, f"the index points to bytes {first} to {last} of {words.size}")
-        begin, end = start * CHUNK, min(stop * CHUNK, head.n_elements)
-        raw = self.planes["raw"].numpy()[begin * head.n_raw : end * head.n_raw]
+        """Chunks [start, stop); their index counts from the first word of the tensor."""
+        head, streams = self.head, slice(start * self.head.n_coded, stop * self.head.n_coded)
+        index = self._numbers("index", "<u8")[streams.start : streams.stop + 1].copy()
+        index[-1] &= _OFFSET  # the mode there is that of the stream behind
         return Group(
-            raw=plane_major(raw, head.n_raw, end - begin),
-            words=words[first:last],
-            index=modes | ((offsets - np.uint64(first)) & _OFFSET),
-            state=self._numbers("state", "<u4").reshape(-1, 32)[start * n_coded : stop * n_coded],
+            raw=self.planes["raw"].numpy()[head.raw_offset(start) : head.raw_offset(stop)],
+            words=self.planes["words"].numpy(),
+            index=index,
+            state=self._numbers("state", "<u4").reshape(-1, 32)[streams],
             crc=self._numbers("crc", "<u4")[start:stop],
         )
 
 
-def plane_major(raw: Bytes, n_planes: int, n: int) -> Bytes:
-    """Raw planes [R, n] of bytes that are stored chunk by chunk."""
-    if n_planes < 2:
-        return raw.reshape(n_planes, n)
-    full = raw.size // (n_planes * CHUNK) * n_planes * CHUNK
-    whole = raw[:full].reshape(-1, n_planes, CHUNK).swapaxes(0, 1).reshape(n_planes, -1)
-    return np.concatenate([whole, raw[full:].reshape(n_planes, -1)], axis=1)
+def pack_freq(freq: Table) -> bytes:
+    """The plane `freq` of tables [J, 256]."""
+    rows = []
+    for row in freq:
+        used = row > 0
+        rows.append(
+            np.packbits(used, bitorder="little").tobytes() + row[used].astype("<u2").tobytes()
+        )
+    return b"".join(rows)
 
 
-def chunk_major(raw: Bytes) -> Bytes:
-    """The inverse of `plane_major`, 1-D."""
-    n_planes, n = raw.shape
-    if n_planes < 2:
-        return raw.reshape(-1)
-    full = n // CHUNK * CHUNK
-    whole = raw[:, :full].reshape(n_planes, -1, CHUNK).swapaxes(0, 1).reshape(-1)
-    return np.concatenate([whole, raw[:, full:].reshape(-1)])
-
-
-def over_threads(work: Any, items: list[Any]) -> Iterator[Any]:
-    """`work` of each item in order, on as many threads as torch uses; native code runs in parallel."""
-    n_threads = min(torch.get_num_threads(), len(items))
-    if n_threads < 2:
-        yield from map(work, items)
-        return
-    yield from _pool(n_threads, os.getpid()).map(work, items)
-
-
-@cache
-def _pool(n_threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
-    return ThreadPoolExecutor(n_threads, thread_name_prefix=f"fewbit-codec-{process}")
-
-
-def runs_of(n_chunks: int, n_parts: int) -> list[tuple[int, int]]:
-    """[start, stop) of about equal shares of chunks."""
-    cuts = sorted({n_chunks * part // n_parts for part in range(n_parts + 1)})
-    return list(pairwise(cuts))
+def unpack_freq(name: str, data: Bytes, n_coded: int) -> Table:
+    """Tables [J, 256]; CheckpointError unless there are exactly as many."""
+    table, at = np.zeros((n_coded, 256), np.uint16), 0
+    for row in table:
+        used = np.unpackbits(data[at : at + 32], bitorder="little").astype(bool)
+        end = at + 32 + 2 * int(used.sum())
+        if used.size != 256 or end > data.size:
+            break
+        row[used] = data[at + 32 : end].view("<u2")
+        at = end
+    try:
+        frequencies.check(table, n_coded)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: plane freq: {error}; {_AGAIN}") from error
+    if at != data.size or not table.any(axis=1).all():
+        raise CheckpointError(f"{name}: plane freq of {data.size} bytes is no table; {_AGAIN}")
+    return table

@@ -23,18 +23,17 @@ import google_crc32c
 import numpy as np
 import torch
 
+from ..native.threads import over_threads, runs_of
+from .chunks import CARRIED
 from .coded import (
     STREAM_BYTES,
-    TABLE_BYTES,
     TILE,
     Bytes,
     Head,
-    chunk_major,
     codable,
     head_of,
-    over_threads,
-    runs_of,
-)  # fmt: skip
+    pack_freq,
+)
 from .planes import kind_of
 from .rans32 import CHUNK, Group, Layout, count, encode, normalize
 
@@ -82,9 +81,12 @@ class Encoder:
             return False
         if int(self._counts[0].sum()) != n:
             raise ValueError(f"counted {int(self._counts[0].sum())} of {n} elements")
-        sizes = [_entropy_bytes(row) + streams * STREAM_BYTES + TABLE_BYTES for row in self._counts]
+        sizes = [
+            _entropy_bytes(row) + streams * STREAM_BYTES + _table_bytes(row) for row in self._counts
+        ]
         coded = tuple(size < WORTH * n for size in sizes)
         total = sum(size if use else n for size, use in zip(sizes, coded, strict=True))
+        total -= 0 if all(coded) else n // CHUNK * CARRIED
         if not any(coded) or total + 4 * streams >= WORTH * n * self.dtype.itemsize:
             return False
         self.expected_bytes = total + 4 * streams
@@ -115,7 +117,7 @@ class Encoder:
             raise ValueError(f"encoded {self._done} of {self._head.n_chunks} chunks")
         index = np.concatenate([*self._small["index"], np.array([self._n_words], np.uint64)])
         index_bytes = index.astype("<u8").tobytes()
-        freq = self._freq[list(self._head.coded)].astype("<u2").tobytes()
+        freq = pack_freq(self._freq[list(self._head.coded)])
         yield "words", self._all_words()
         yield "state", [_tensor(np.concatenate(self._small["state"]).astype("<u4").tobytes())]
         yield "index", [_tensor(index_bytes)]
@@ -140,7 +142,7 @@ class Encoder:
         for group in over_threads(part, runs_of(n, 2 * torch.get_num_threads())):
             self._keep(group)
             if group.raw.size:
-                yield torch.from_numpy(np.ascontiguousarray(chunk_major(group.raw)))
+                yield torch.from_numpy(group.raw)
         self._done += n
 
     def _keep(self, group: Group) -> None:
@@ -190,6 +192,11 @@ class Encoder:
 
 def _sub(layout: Layout, start: int, stop: int) -> Layout:
     return Layout(layout.starts[start:stop], layout.sizes[start:stop], layout.piece, layout.stride)
+
+
+def _table_bytes(counts: Any) -> int:
+    """Of a plane's table in `freq`."""
+    return 32 + 2 * int((counts > 0).sum())
 
 
 def _entropy_bytes(counts: Any) -> float:

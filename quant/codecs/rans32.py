@@ -4,12 +4,12 @@ The format is defined in `rans32_numpy`, the arrays of a group are drawn in `chu
 writes the same bytes:
 
     avx512, avx2, scalar    quant/native, compiled at first use, chosen by what the processor has
-    numpy                   always there, some twenty times slower; one warning says why it is used
+    numpy                   always there, ten to twenty times slower; one warning says why it is used
 
-`FEWBIT_NATIVE=off` asks for numpy and is not warned about. The functions check shapes, frequencies
-and layouts once for all engines (`ValueError`: the caller is wrong) and find damage in what was stored
-(`Damage`). Native calls release the GIL: threads that code groups run at the same time. What this does
-not do: choose what to code, name tensors, or read files.
+`FEWBIT_NATIVE=off` asks for numpy and is not warned about. The functions refuse frequencies and layouts
+that cannot be (`ValueError`: the caller is wrong) and find damage in what was stored (`Damage`). Native
+calls release the GIL: threads that code groups run at the same time. What this does not do: choose what
+to code, name tensors, or read files.
 """
 
 import logging
@@ -19,8 +19,8 @@ from types import ModuleType
 import numpy as np
 
 from ..native import compiler
-from . import frequencies, rans32_native, rans32_numpy
-from .chunks import CHUNK, LANES, Damage, Group, Layout, Mode, flat_layout
+from . import rans32_native, rans32_numpy
+from .chunks import CARRIED, CHUNK, LANES, Damage, Group, Layout, Mode, flat_layout
 from .frequencies import normalize
 from .planes import Kind
 
@@ -34,7 +34,7 @@ def _engine() -> ModuleType:
         return rans32_native
     if not compiler.is_off():
         _LOG.warning(
-            "lossless coding runs in numpy, some twenty times slower: %s", compiler.why_not()
+            "lossless coding runs in numpy, ten to twenty times slower: %s", compiler.why_not()
         )
     return rans32_numpy
 
@@ -46,7 +46,7 @@ def engine_name() -> str:
 
 def count(data: np.ndarray, kind: Kind, layout: Layout) -> np.ndarray:
     """u8 [bytes] -> int64 [n_planes, 256]: how often each symbol occurs in each plane."""
-    _check_buffer(data, kind, layout)
+    _check_buffer(data)
     return _engine().count(data, kind, layout)
 
 
@@ -55,8 +55,7 @@ def encode(data: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> Gr
 
     A plane whose frequencies are all zero is not coded: it goes to `Group.raw`.
     """
-    _check_buffer(data, kind, layout)
-    frequencies.check(freq, kind.n_planes)
+    _check_buffer(data)
     return _engine().encode(data, kind, layout, freq)
 
 
@@ -66,11 +65,9 @@ def decode(group: Group, out: np.ndarray, kind: Kind, layout: Layout, freq: np.n
     Raises `Damage` if the group is not what `encode` made with these arguments; then `out` holds
     nothing to rely on, but nothing outside of its chunks was written.
     """
-    _check_buffer(out, kind, layout)
+    _check_buffer(out)
     if not out.flags.writeable:
         raise ValueError("the buffer to decode into is read-only; give a writable array")
-    coded = frequencies.check(freq, kind.n_planes)
-    group.check(layout, int(coded.sum()), int((~coded).sum()))
     _engine().decode(group, out, kind, layout, freq)
 
 
@@ -86,16 +83,15 @@ def decode_symbols(group: Group, n: int, freq: np.ndarray) -> np.ndarray:
     return out
 
 
-def _check_buffer(data: np.ndarray, kind: Kind, layout: Layout) -> None:
-    """`ValueError` unless this is a plain buffer in which the chunks lie."""
+def _check_buffer(data: np.ndarray) -> None:
+    """`ValueError` unless this is a plain buffer of bytes."""
     if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
         raise ValueError(
             f"a buffer must be contiguous uint8 [bytes], got {data.dtype} {data.shape}"
         )
-    layout.check(data.size, kind)
 
 
 __all__ = [
-    "CHUNK", "LANES", "Damage", "Group", "Layout", "Mode", "count", "decode", "decode_symbols",
-    "encode", "encode_symbols", "engine_name", "flat_layout", "normalize",
+    "CARRIED", "CHUNK", "LANES", "Damage", "Group", "Layout", "Mode", "count", "decode",
+    "decode_symbols", "encode", "encode_symbols", "engine_name", "flat_layout", "normalize",
 ]  # fmt: skip

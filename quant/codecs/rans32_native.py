@@ -1,8 +1,11 @@
 """`rans32` in C: the calls of quant/native/rans32.c, with the arguments of `rans32_numpy`.
 
 The structs mirror quant/native/native.h. Arrays are made contiguous and aligned where they are not
-(small ones; elements and words are used where they lie). Everything was checked by the caller
-(`rans32`); the C code checks again what would make it leave its buffers.
+(small ones; elements and words are used where they lie).
+
+A call costs tens of microseconds, as much as coding a hundred kilobytes: here only shapes and dtypes
+are checked, which pointers do not tell. The C code checks layouts and frequencies; if it refuses them,
+Python finds the words.
 """
 
 import ctypes
@@ -12,7 +15,7 @@ import numpy as np
 
 from ..native import compiler
 from . import frequencies
-from .chunks import CHUNK, LANES, Damage, Group, Layout
+from .chunks import CHUNK, LANES, Damage, Group, Layout, raw_bytes
 from .planes import Kind
 
 _REASONS = {
@@ -24,7 +27,10 @@ _REASONS = {
     6: "the decoder does not end where it must",
     7: "the checksum of its elements differs",
 }
+_SMALL = 1 << 18  # bytes of words that are not worth an estimate
+_REFUSED = 8
 _NO_MEMORY = 9
+_NO_ROOM = 10
 
 
 class _Chunks(ctypes.Structure):
@@ -41,7 +47,7 @@ class _Group(ctypes.Structure):
     """struct fewbit_group."""
 
     _fields_: ClassVar = [
-        ("raw", ctypes.c_void_p), ("n_elements", ctypes.c_uint64), ("words", ctypes.c_void_p),
+        ("raw", ctypes.c_void_p), ("raw_bytes", ctypes.c_uint64), ("words", ctypes.c_void_p),
         ("words_bytes", ctypes.c_uint64), ("index", ctypes.c_void_p), ("state", ctypes.c_void_p),
         ("crc", ctypes.c_void_p),
     ]  # fmt: skip
@@ -54,47 +60,81 @@ def engine_name() -> str:
 
 def count(data: np.ndarray, kind: Kind, layout: Layout) -> np.ndarray:
     """As `rans32_numpy.count`."""
-    counts = np.zeros((kind.n_planes, 256), np.uint64)
+    layout.check_arrays()
+    counts = np.zeros((kind.n_planes, 256), np.int64)
     kept = _plain(layout)
     chunks = _chunks(data, kind, kept)
-    _raise(_library().fewbit_rans32_count(ctypes.byref(chunks), _pointer(counts)))
-    return counts.astype(np.int64)
+    code = _library().fewbit_rans32_count(ctypes.byref(chunks), _pointer(counts))
+    if code == _REFUSED:
+        layout.check(data.size, kind)
+    _raise(code)
+    return counts
 
 
 def encode(data: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> Group:
     """As `rans32_numpy.encode`."""
-    n_coded = int(frequencies.check(freq, kind.n_planes).sum())
-    n_chunks, n = len(layout.sizes), layout.n_elements
-    room = n_coded * (n + n_chunks) + 1  # all streams raw; only what is used becomes memory
-    group = Group(
-        np.empty((kind.n_planes - n_coded, n), np.uint8),
-        np.empty(room, np.uint8),
-        np.empty(n_chunks * n_coded + 1, np.uint64),
-        np.empty((n_chunks * n_coded, LANES), np.uint32),
-        np.empty(n_chunks, np.uint32),
-    )
+    layout.check_arrays()
+    frequencies.check_array(freq, kind.n_planes)
+    n_coded = int(np.count_nonzero(freq.any(axis=1)))
+    n_chunks, n = len(layout.sizes), max(layout.n_elements, 0)
+    most = n_coded * (n + n_chunks) + 1
+    rooms = [most]
+    if most > _SMALL:
+        likely = _likely_bytes(freq, n) + 64 * n_coded * n_chunks
+        rooms = sorted({min(likely, most), most})
+    for room in rooms:
+        group = Group(
+            np.empty(max(raw_bytes(layout.sizes, n_coded, kind.n_planes - n_coded), 0), np.uint8),
+            np.empty(room, np.uint8),
+            np.empty(n_chunks * n_coded + 1, np.uint64),
+            np.empty((n_chunks * n_coded, LANES), np.uint32),
+            np.empty(n_chunks, np.uint32),
+        )
+        if _encoded(data, kind, layout, freq, group):
+            break
+    words = group.words[: int(group.index[-1])]
+    return Group(group.raw, words, group.index, group.state, group.crc)
+
+
+def _likely_bytes(freq: np.ndarray, n: int) -> int:
+    """Words of n symbols of each plane that occur as often as the frequencies say, and a tenth."""
+    used = freq[freq > 0] / frequencies.TOTAL
+    return int(-(used * np.log2(used)).sum() * n / 8 * 1.1)
+
+
+def _encoded(data: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray, group: Group) -> bool:
+    """Fills the group; False if its words have too little room."""
     kept, freq = _plain(layout), _aligned(freq)
-    chunks, target = _chunks(data, kind, kept), _group(group, n)
-    _raise(
-        _library().fewbit_rans32_encode(ctypes.byref(chunks), _pointer(freq), ctypes.byref(target))
+    chunks, target = _chunks(data, kind, kept), _group(group)
+    code = _library().fewbit_rans32_encode(
+        ctypes.byref(chunks), _pointer(freq), ctypes.byref(target)
     )
-    return Group(
-        group.raw, group.words[: int(group.index[-1])], group.index, group.state, group.crc
-    )
+    if code == _NO_ROOM:
+        return False
+    if code == _REFUSED:
+        layout.check(data.size, kind)
+        frequencies.check(freq, kind.n_planes)
+    _raise(code)
+    return True
 
 
 def decode(group: Group, out: np.ndarray, kind: Kind, layout: Layout, freq: np.ndarray) -> None:
     """As `rans32_numpy.decode`."""
+    layout.check_arrays()
+    frequencies.check_array(freq, kind.n_planes)
+    n_coded = int(np.count_nonzero(freq.any(axis=1)))
+    group.check(layout, n_coded, kind.n_planes - n_coded)
     kept, freq = _plain(layout), _aligned(freq)
     group = Group(*map(_aligned, (group.raw, group.words, group.index, group.state, group.crc)))
-    chunks, source = _chunks(out, kind, kept), _group(group, layout.n_elements)
+    chunks, source = _chunks(out, kind, kept), _group(group)
     bad = ctypes.c_int64(-1)
-    _raise(
-        _library().fewbit_rans32_decode(
-            ctypes.byref(chunks), _pointer(freq), ctypes.byref(source), ctypes.byref(bad)
-        ),
-        bad.value,
+    code = _library().fewbit_rans32_decode(
+        ctypes.byref(chunks), _pointer(freq), ctypes.byref(source), ctypes.byref(bad)
     )
+    if code == _REFUSED:
+        layout.check(out.size, kind)
+        frequencies.check(freq, kind.n_planes)
+    _raise(code, bad.value)
 
 
 def _library() -> ctypes.CDLL:
@@ -109,11 +149,16 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    return np.require(array, requirements=["C", "A"])
+    flags = array.flags
+    plain = flags.c_contiguous and flags.aligned
+    return array if plain else np.require(array, requirements=["C", "A"])
 
 
 def _plain(layout: Layout) -> Layout:
-    return Layout(_aligned(layout.starts), _aligned(layout.sizes), layout.piece, layout.stride)
+    starts, sizes = _aligned(layout.starts), _aligned(layout.sizes)
+    if starts is layout.starts and sizes is layout.sizes:
+        return layout
+    return Layout(starts, sizes, layout.piece, layout.stride)
 
 
 def _chunks(data: np.ndarray, kind: Kind, layout: Layout) -> _Chunks:
@@ -126,9 +171,9 @@ def _chunks(data: np.ndarray, kind: Kind, layout: Layout) -> _Chunks:
     )  # fmt: skip
 
 
-def _group(group: Group, n_elements: int) -> _Group:
+def _group(group: Group) -> _Group:
     return _Group(
-        group.raw.ctypes.data, n_elements, group.words.ctypes.data, group.words.size,
+        group.raw.ctypes.data, group.raw.size, group.words.ctypes.data, group.words.size,
         group.index.ctypes.data, group.state.ctypes.data, group.crc.ctypes.data,
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from ..codecs.coded import over_threads, runs_of
 from ..native import compiler
+from ..native.threads import over_threads, runs_of
 from ._fle_codes import TILE
 
 _COUNTED = 1 << 20  # words that a thread counts at once

@@ -28,10 +28,7 @@ __attribute__((constructor)) static void fill_tables(void) {
     for (int i = 1; i < 8; i++)
         for (int byte = 0; byte < 256; byte++)
             tables[i][byte] = (tables[i - 1][byte] >> 8) ^ tables[0][tables[i - 1][byte] & 255];
-#ifdef FEWBIT_X86
-    __builtin_cpu_init();
-    has_instruction = __builtin_cpu_supports("sse4.2") != 0;
-#endif
+    has_instruction = fewbit_has_crc32();
 }
 
 FEWBIT_INLINE uint64_t load64(const uint8_t *p) {

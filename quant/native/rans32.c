@@ -12,8 +12,6 @@
  */
 #include "native.h"
 
-#include <stdlib.h>
-
 enum { RANS, CONSTANT, RAW };
 enum { PLANE_ROOM = FEWBIT_CHUNK + 64, WORD_ROOM = FEWBIT_CHUNK + 64 };
 enum { LINE = 64, MOST_LINES = FEWBIT_AHEAD * FEWBIT_CHUNK / FEWBIT_LANES };
@@ -67,11 +65,15 @@ struct scratch {
     uint16_t words[FEWBIT_TOGETHER][FEWBIT_MAX_PLANES][WORD_ROOM];
     fewbit_code codes[FEWBIT_MAX_PLANES][256];
     uint32_t slots[FEWBIT_MAX_PLANES][FEWBIT_SLOTS];
+    uint8_t carried[FEWBIT_TOGETHER][FEWBIT_CARRIED];
+    uint32_t halves[FEWBIT_TOGETHER][FEWBIT_LANES];
     uint8_t pad[FEWBIT_MAX_PLANES];
     int coded[FEWBIT_MAX_PLANES];
-    int n_planes, n_coded;
+    int n_planes, n_coded, n_raw;
     const uint8_t *ahead[FEWBIT_TOGETHER][MOST_LINES];
 };
+
+static struct fewbit_spares spares; /* each a scratch */
 
 /* Which planes are coded. Frequencies must sum to 0 or 4096, and none may exceed 4095. */
 static int read_frequencies(struct scratch *s, int kind, const uint16_t *freq) {
@@ -87,6 +89,7 @@ static int read_frequencies(struct scratch *s, int kind, const uint16_t *freq) {
         s->coded[p] = sum != 0;
         s->n_coded += s->coded[p];
     }
+    s->n_raw = s->n_planes - s->n_coded;
     return FEWBIT_CODED;
 }
 
@@ -120,18 +123,44 @@ static void fill_slots(struct scratch *s, const uint16_t *freq) {
     }
 }
 
-/* Where each plane of chunk number j of a run goes to or comes from: scratch, or its row of `raw`. */
-static void place_planes(struct scratch *s, const struct fewbit_group *g, int j, uint64_t element,
-                         uint8_t **planes) {
-    uint64_t row = 0;
-    for (int p = 0; p < s->n_planes; p++)
-        planes[p] = s->coded[p] ? s->planes[j][p] : g->raw + row++ * g->n_elements + element;
+/* Bytes of its first raw plane that the states of a chunk of n elements carry. */
+static size_t carried_bytes(const struct scratch *s, size_t n) {
+    return s->n_coded && s->n_raw && n >= FEWBIT_CARRIED ? FEWBIT_CARRIED : 0;
 }
 
-/* Lists the cache lines of the chunk c and of its rows of `raw`, as many as a coder has steps for; it
+static uint64_t raw_bytes(const struct scratch *s, size_t n) {
+    return (uint64_t)s->n_raw * n - carried_bytes(s, n);
+}
+
+/* Does `raw` hold what the chunks need, no more and no less? */
+static int raw_fits(const struct scratch *s, const struct fewbit_chunks *chunks,
+                    const struct fewbit_group *g) {
+    uint64_t total = 0;
+    for (uint64_t c = 0; c < chunks->n_chunks; c++) total += raw_bytes(s, (size_t)chunks->sizes[c]);
+    return total == g->raw_bytes;
+}
+
+/* Where each plane of chunk number j of a run goes to or comes from: scratch, or `raw` at an offset. */
+static void place_planes(struct scratch *s, const struct fewbit_group *g, int j, size_t n,
+                         uint64_t at, struct fewbit_places *places) {
+    size_t head = n < FEWBIT_CARRIED ? n : FEWBIT_CARRIED, n_carried = carried_bytes(s, n);
+    for (int p = 0; p < s->n_planes; p++) {
+        if (s->coded[p]) {
+            places->first[p] = s->planes[j][p];
+            places->rest[p] = s->planes[j][p] + head;
+            continue;
+        }
+        places->first[p] = n_carried ? s->carried[j] : g->raw + at;
+        places->rest[p] = g->raw + at + head - n_carried;
+        at += n - n_carried;
+        n_carried = 0;
+    }
+}
+
+/* Lists the cache lines of the chunk c and of its part of `raw`, as many as a coder has steps for; it
  * fetches them while it works on another chunk. Wrong addresses would only be useless. */
 static void list_lines(struct scratch *s, int j, const struct fewbit_chunks *chunks, uint64_t c,
-                       const struct fewbit_group *g, uint64_t element) {
+                       const struct fewbit_group *g, uint64_t raw_at) {
     const uint8_t **list = s->ahead[j];
     size_t n_lines = 0, width = (size_t)s->n_planes;
     if (c < chunks->n_chunks) {
@@ -143,10 +172,10 @@ static void list_lines(struct scratch *s, int j, const struct fewbit_chunks *chu
                 list[n_lines++] = data + at;
             if (done + piece < n * width) data += chunks->stride;
         }
-        for (int row = 0; row < s->n_planes - s->n_coded && element + n <= g->n_elements; row++) {
-            const uint8_t *raw = g->raw + (uint64_t)row * g->n_elements + element;
-            for (size_t at = 0; at < n && n_lines < MOST_LINES; at += LINE)
-                list[n_lines++] = raw + at;
+        uint64_t length = raw_bytes(s, n);
+        for (size_t at = 0; raw_at + length <= g->raw_bytes && at < length; at += LINE) {
+            if (n_lines == MOST_LINES) break;
+            list[n_lines++] = g->raw + raw_at + at;
         }
     }
     while (n_lines < MOST_LINES) list[n_lines++] = s->planes[0][0];
@@ -154,19 +183,31 @@ static void list_lines(struct scratch *s, int j, const struct fewbit_chunks *chu
 
 /* The same for every chunk of the run behind this one. */
 static void list_next_run(struct scratch *s, const struct fewbit_chunks *chunks, uint64_t c,
-                          int n_together, const struct fewbit_group *g, uint64_t element) {
-    uint64_t n = (uint64_t)chunks->sizes[c];
+                          int n_together, const struct fewbit_group *g, uint64_t raw_at) {
+    uint64_t each = raw_bytes(s, (size_t)chunks->sizes[c]);
     for (int j = 0; j < n_together; j++) {
         uint64_t distance = (uint64_t)(j + n_together);
-        list_lines(s, j, chunks, c + distance, g, element + distance * n);
+        list_lines(s, j, chunks, c + distance, g, raw_at + distance * each);
     }
 }
 
 /* ---- encode ---- */
 
+/* The 16 bits that the states of chunk number j carry in each lane. */
+static void fill_halves(struct scratch *s, int j, size_t n) {
+    int carries = carried_bytes(s, n) != 0;
+    for (int lane = 0; lane < FEWBIT_LANES; lane++) {
+        uint32_t low = s->carried[j][lane], high = s->carried[j][lane + FEWBIT_LANES];
+        s->halves[j][lane] = carries ? low | high << 8 : 0;
+    }
+}
+
+static const uint32_t no_halves[FEWBIT_LANES];
+
 /* Appends one stream to the words and fills its entries. */
-static int append_stream(const struct fewbit_writer *w, const uint16_t *end, size_t n, uint64_t row,
-                         struct fewbit_group *g, uint64_t *used) {
+static int append_stream(const struct fewbit_writer *w, const uint16_t *end, size_t n,
+                         const uint32_t *halves, uint64_t row, struct fewbit_group *g,
+                         uint64_t *used) {
     size_t n_bytes = 2 * (size_t)(end - w->begin);
     uint64_t mode = RANS;
     const void *source = w->begin;
@@ -179,64 +220,79 @@ static int append_stream(const struct fewbit_writer *w, const uint16_t *end, siz
         n_bytes = n;
     }
     g->index[row] = mode << 62 | *used;
-    if (mode != RANS) memset(w->state, 0, 4 * FEWBIT_LANES);
-    if (mode == CONSTANT) w->state[0] = w->symbols[0];
-    if (n_bytes + 1 > g->words_bytes - *used && n_bytes) return FEWBIT_BAD_ARGUMENT;
+    uint32_t symbol = mode == CONSTANT ? w->symbols[0] : 0;
+    for (int lane = 0; mode != RANS && lane < FEWBIT_LANES; lane++)
+        w->state[lane] = symbol << 16 | halves[lane];
+    if (n_bytes + 1 > g->words_bytes - *used && n_bytes) return FEWBIT_NO_ROOM;
     memcpy(g->words + *used, source, n_bytes);
     *used += n_bytes;
     if (n_bytes & 1) g->words[(*used)++] = 0;
     return FEWBIT_CODED;
 }
 
-static int encode_run(struct scratch *s, const struct fewbit_chunks *chunks, uint64_t c,
-                      int n_together, uint64_t element, struct fewbit_group *g, uint64_t *used) {
-    struct fewbit_writer writers[FEWBIT_MAX_PLANES][FEWBIT_TOGETHER];
+/* One plane of a run of chunks: the writers, and their streams below the end of s->words. */
+static void encode_plane(struct scratch *s, const struct fewbit_chunks *chunks, uint64_t c,
+                         int n_together, int p, int place, struct fewbit_group *g,
+                         struct fewbit_writer *writers) {
     size_t n = (size_t)chunks->sizes[c], n_steps = (n + FEWBIT_LANES - 1) / FEWBIT_LANES;
-    list_next_run(s, chunks, c, n_together, g, element);
     for (int j = 0; j < n_together; j++) {
-        uint8_t *planes[FEWBIT_MAX_PLANES];
-        place_planes(s, g, j, element + (uint64_t)j * n, planes);
+        uint64_t row = (c + (uint64_t)j) * (uint64_t)s->n_coded + (uint64_t)place;
+        const uint32_t *halves = place ? no_halves : s->halves[j];
+        memset(s->planes[j][p] + n, s->pad[p], n_steps * FEWBIT_LANES - n);
+        writers[j].ahead = s->ahead[j];
+        writers[j].symbols = s->planes[j][p];
+        writers[j].begin = s->words[j][p] + WORD_ROOM;
+        writers[j].state = g->state + row * FEWBIT_LANES;
+        for (int lane = 0; lane < FEWBIT_LANES; lane++)
+            writers[j].state[lane] = FEWBIT_LOW | halves[lane];
+    }
+    encode_streams(chunks->isa, writers, n_together, n_steps, s->codes[p]);
+}
+
+static int encode_run(struct scratch *s, const struct fewbit_chunks *chunks, uint64_t c,
+                      int n_together, uint64_t raw_at, struct fewbit_group *g, uint64_t *used) {
+    struct fewbit_writer writers[FEWBIT_MAX_PLANES][FEWBIT_TOGETHER];
+    size_t n = (size_t)chunks->sizes[c];
+    list_next_run(s, chunks, c, n_together, g, raw_at);
+    for (int j = 0; j < n_together; j++, raw_at += raw_bytes(s, n)) {
+        struct fewbit_places places;
+        place_planes(s, g, j, n, raw_at, &places);
         g->crc[c + (uint64_t)j] = fewbit_chunk_checksum(chunks, c + (uint64_t)j);
-        fewbit_split_chunk(chunks, c + (uint64_t)j, planes);
+        fewbit_split_chunk(chunks, c + (uint64_t)j, &places);
+        fill_halves(s, j, n);
     }
-    for (int p = 0, place = 0; p < s->n_planes; p++) {
-        if (!s->coded[p]) continue;
-        for (int j = 0; j < n_together; j++) {
-            uint64_t row = (c + (uint64_t)j) * (uint64_t)s->n_coded + (uint64_t)place;
-            writers[p][j].ahead = s->ahead[j];
-            memset(s->planes[j][p] + n, s->pad[p], n_steps * FEWBIT_LANES - n);
-            writers[p][j].symbols = s->planes[j][p];
-            writers[p][j].begin = s->words[j][p] + WORD_ROOM;
-            writers[p][j].state = g->state + row * FEWBIT_LANES;
-        }
-        encode_streams(chunks->isa, writers[p], n_together, n_steps, s->codes[p]);
-        place++;
-    }
+    for (int p = 0, place = 0; p < s->n_planes; p++)
+        if (s->coded[p]) encode_plane(s, chunks, c, n_together, p, place++, g, writers[p]);
     uint64_t row = c * (uint64_t)s->n_coded;
-    for (int j = 0; j < n_together; j++)
-        for (int p = 0; p < s->n_planes; p++)
-            if (s->coded[p] &&
-                append_stream(&writers[p][j], s->words[j][p] + WORD_ROOM, n, row++, g, used))
-                return FEWBIT_BAD_ARGUMENT;
+    for (int j = 0; j < n_together; j++) {
+        const uint32_t *halves = s->halves[j];
+        for (int p = 0; p < s->n_planes; p++) {
+            if (!s->coded[p]) continue;
+            if (append_stream(&writers[p][j], s->words[j][p] + WORD_ROOM, n, halves, row++, g, used))
+                return FEWBIT_NO_ROOM;
+            halves = no_halves;
+        }
+    }
     return FEWBIT_CODED;
 }
 
 FEWBIT_EXPORT int fewbit_rans32_encode(const struct fewbit_chunks *chunks, const uint16_t *freq,
                                        struct fewbit_group *g) {
-    struct scratch *s = malloc(sizeof *s);
+    struct scratch *s = fewbit_take(&spares, sizeof *s);
     if (!s) return FEWBIT_NO_MEMORY;
     int wrong = fewbit_layout_is_sound(chunks) ? read_frequencies(s, chunks->kind, freq)
                                                : FEWBIT_BAD_ARGUMENT;
-    uint64_t element = 0, used = 0;
+    uint64_t raw_at = 0, used = 0;
+    if (!wrong && !raw_fits(s, chunks, g)) wrong = FEWBIT_BAD_ARGUMENT;
     if (!wrong) fill_codes(s, freq);
     for (uint64_t c = 0; !wrong && c < chunks->n_chunks;) {
         int n_together = run_length(chunks, c, FEWBIT_TOGETHER);
-        wrong = encode_run(s, chunks, c, n_together, element, g, &used);
-        element += (uint64_t)chunks->sizes[c] * (uint64_t)n_together;
+        wrong = encode_run(s, chunks, c, n_together, raw_at, g, &used);
+        raw_at += raw_bytes(s, (size_t)chunks->sizes[c]) * (uint64_t)n_together;
         c += (uint64_t)n_together;
     }
     if (!wrong) g->index[chunks->n_chunks * (uint64_t)s->n_coded] = used;
-    free(s);
+    fewbit_give(&spares, s);
     return wrong;
 }
 
@@ -260,9 +316,10 @@ static int check_index(const struct scratch *s, const struct fewbit_chunks *chun
     return FEWBIT_CODED;
 }
 
-static int is_zero(const uint32_t *state, int from) {
+/* Do the upper halves of all states say the same? */
+static int high_is(const uint32_t *state, uint32_t wanted) {
     uint32_t any = 0;
-    for (int lane = from; lane < FEWBIT_LANES; lane++) any |= state[lane];
+    for (int lane = 0; lane < FEWBIT_LANES; lane++) any |= state[lane] >> 16 ^ wanted;
     return !any;
 }
 
@@ -270,14 +327,29 @@ static int is_zero(const uint32_t *state, int from) {
 static int copy_stream(const struct fewbit_group *g, uint64_t row, uint8_t *symbols, size_t n) {
     const uint32_t *state = g->state + row * FEWBIT_LANES;
     if (g->index[row] >> 62 == CONSTANT) {
-        if (state[0] > 255 || !is_zero(state, 1)) return FEWBIT_BAD_CONSTANT;
-        memset(symbols, (int)state[0], n);
+        if (state[0] >> 24 || !high_is(state, state[0] >> 16)) return FEWBIT_BAD_CONSTANT;
+        memset(symbols, (int)(state[0] >> 16), n);
         return FEWBIT_CODED;
     }
     const uint8_t *stream = g->words + (g->index[row] & OFFSET_MASK);
-    if (!is_zero(state, 0) || (n & 1 && stream[n])) return FEWBIT_BAD_RAW;
+    if (!high_is(state, 0) || (n & 1 && stream[n])) return FEWBIT_BAD_RAW;
     memcpy(symbols, stream, n);
     return FEWBIT_CODED;
+}
+
+/* What the states of a stream of chunk number j carry. Where there is nothing to be carried, no bit may
+ * be set. */
+static int take_halves(struct scratch *s, int j, size_t n, int place, const uint32_t *state) {
+    uint32_t any = 0;
+    if (place == 0 && carried_bytes(s, n)) {
+        for (int lane = 0; lane < FEWBIT_LANES; lane++) {
+            s->carried[j][lane] = (uint8_t)state[lane];
+            s->carried[j][lane + FEWBIT_LANES] = (uint8_t)(state[lane] >> 8);
+        }
+        return FEWBIT_CODED;
+    }
+    for (int lane = 0; lane < FEWBIT_LANES; lane++) any |= state[lane] & 65535;
+    return any ? FEWBIT_BAD_STREAM : FEWBIT_CODED;
 }
 
 /* Where a stream can be read for as long as its steps may read: in place, or from a copy. */
@@ -291,55 +363,61 @@ static const uint8_t *readable(struct scratch *s, int j, int p, const struct few
     return copy;
 }
 
-/* Decodes one plane of a run of chunks into scratch. */
+/* Decodes one plane of a run of chunks into scratch, and what its states carry. */
 static int decode_plane(struct scratch *s, const struct fewbit_chunks *chunks,
                         const struct fewbit_group *g, uint64_t c, int n_together, int p, int place,
                         int64_t *bad) {
     struct fewbit_reader readers[FEWBIT_TOGETHER];
     const uint8_t *begins[FEWBIT_TOGETHER];
-    uint64_t rows[FEWBIT_TOGETHER], chunk_of[FEWBIT_TOGETHER];
+    int number[FEWBIT_TOGETHER]; /* of a stream's chunk in the run */
+    uint64_t first = c * (uint64_t)s->n_coded + (uint64_t)place, step = (uint64_t)s->n_coded;
     size_t n = (size_t)chunks->sizes[c], n_steps = (n + FEWBIT_LANES - 1) / FEWBIT_LANES;
-    int n_streams = 0;
+    int n_streams = 0, wrong = FEWBIT_CODED;
     for (int j = 0; j < n_together; j++) {
-        uint64_t row = (c + (uint64_t)j) * (uint64_t)s->n_coded + (uint64_t)place;
+        uint64_t row = first + (uint64_t)j * step;
+        const uint32_t *state = g->state + row * FEWBIT_LANES;
         *bad = (int64_t)(c + (uint64_t)j);
         if (g->index[row] >> 62 != RANS) {
-            int wrong = copy_stream(g, row, s->planes[j][p], n);
+            wrong = copy_stream(g, row, s->planes[j][p], n);
+            if (!wrong) wrong = take_halves(s, j, n, place, state);
             if (wrong) return wrong;
             continue;
         }
-        rows[n_streams] = row;
-        readers[n_streams].ahead = s->ahead[n_streams];
-        chunk_of[n_streams] = c + (uint64_t)j;
         begins[n_streams] = readable(s, j, p, g, g->index[row] & OFFSET_MASK, n_steps);
+        readers[n_streams].ahead = s->ahead[n_streams];
         readers[n_streams].words = begins[n_streams];
-        readers[n_streams].state = g->state + row * FEWBIT_LANES;
-        readers[n_streams++].symbols = s->planes[j][p];
+        readers[n_streams].state = state;
+        readers[n_streams].symbols = s->planes[j][p];
+        number[n_streams++] = j;
     }
     decode_streams(chunks->isa, readers, n_streams, n_steps, s->slots[p]);
     for (int i = 0; i < n_streams; i++) {
-        uint64_t length = (g->index[rows[i] + 1] & OFFSET_MASK) - (g->index[rows[i]] & OFFSET_MASK);
-        *bad = (int64_t)chunk_of[i];
-        if (readers[i].wrong || (uint64_t)(readers[i].words - begins[i]) != length)
+        uint64_t row = first + (uint64_t)number[i] * step;
+        uint64_t length = (g->index[row + 1] & OFFSET_MASK) - (g->index[row] & OFFSET_MASK);
+        *bad = (int64_t)(c + (uint64_t)number[i]);
+        if (!high_is(readers[i].ends, 1) || (uint64_t)(readers[i].words - begins[i]) != length)
             return FEWBIT_BAD_STREAM;
+        wrong = take_halves(s, number[i], n, place, readers[i].ends);
+        if (wrong) return wrong;
     }
     return FEWBIT_CODED;
 }
 
 static int decode_run(struct scratch *s, const struct fewbit_chunks *chunks,
-                      const struct fewbit_group *g, uint64_t c, int n_together, uint64_t element,
+                      const struct fewbit_group *g, uint64_t c, int n_together, uint64_t raw_at,
                       int64_t *bad) {
-    list_next_run(s, chunks, c, n_together, g, element);
+    size_t n = (size_t)chunks->sizes[c];
+    list_next_run(s, chunks, c, n_together, g, raw_at);
     for (int p = 0, place = 0; p < s->n_planes; p++) {
         if (!s->coded[p]) continue;
         int wrong = decode_plane(s, chunks, g, c, n_together, p, place++, bad);
         if (wrong) return wrong;
     }
-    for (int j = 0; j < n_together; j++) {
-        uint8_t *planes[FEWBIT_MAX_PLANES];
+    for (int j = 0; j < n_together; j++, raw_at += raw_bytes(s, n)) {
+        struct fewbit_places places;
         uint64_t chunk = c + (uint64_t)j;
-        place_planes(s, g, j, element + (uint64_t)j * (uint64_t)chunks->sizes[c], planes);
-        fewbit_merge_chunk(chunks, chunk, planes);
+        place_planes(s, g, j, n, raw_at, &places);
+        fewbit_merge_chunk(chunks, chunk, &places);
         *bad = (int64_t)chunk;
         if (fewbit_chunk_checksum(chunks, chunk) != g->crc[chunk]) return FEWBIT_BAD_CHECKSUM;
     }
@@ -348,20 +426,21 @@ static int decode_run(struct scratch *s, const struct fewbit_chunks *chunks,
 
 FEWBIT_EXPORT int fewbit_rans32_decode(const struct fewbit_chunks *chunks, const uint16_t *freq,
                                        const struct fewbit_group *g, int64_t *bad) {
-    struct scratch *s = malloc(sizeof *s);
+    struct scratch *s = fewbit_take(&spares, sizeof *s);
     *bad = -1;
     if (!s) return FEWBIT_NO_MEMORY;
     int wrong = fewbit_layout_is_sound(chunks) ? read_frequencies(s, chunks->kind, freq)
                                                : FEWBIT_BAD_ARGUMENT;
+    if (!wrong && !raw_fits(s, chunks, g)) wrong = FEWBIT_BAD_ARGUMENT;
     if (!wrong) wrong = check_index(s, chunks, g, bad);
     if (!wrong) fill_slots(s, freq);
-    uint64_t element = 0;
+    uint64_t raw_at = 0;
     for (uint64_t c = 0; !wrong && c < chunks->n_chunks;) {
         int n_together = run_length(chunks, c, FEWBIT_TOGETHER);
-        wrong = decode_run(s, chunks, g, c, n_together, element, bad);
-        element += (uint64_t)chunks->sizes[c] * (uint64_t)n_together;
+        wrong = decode_run(s, chunks, g, c, n_together, raw_at, bad);
+        raw_at += raw_bytes(s, (size_t)chunks->sizes[c]) * (uint64_t)n_together;
         c += (uint64_t)n_together;
     }
-    free(s);
+    fewbit_give(&spares, s);
     return wrong;
 }

@@ -68,7 +68,8 @@ FEWBIT_AVX2 static void encode_one(struct fewbit_writer *w, size_t n_steps,
                                    const fewbit_code *codes) {
     __m256i x[REGISTERS], least = _mm256_set1_epi32(1);
     uint16_t *at = w->begin;
-    for (int i = 0; i < REGISTERS; i++) x[i] = _mm256_set1_epi32(FEWBIT_LOW);
+    for (int i = 0; i < REGISTERS; i++) 
+        x[i] = _mm256_loadu_si256((const __m256i *)(w->state + WIDTH * i));
     for (size_t t = n_steps; t--;) {
         const uint8_t *symbols = w->symbols + t * FEWBIT_LANES;
         for (int i = 0; i < FEWBIT_AHEAD; i++)
@@ -113,7 +114,7 @@ FEWBIT_AVX2 FEWBIT_INLINE void store_symbols(uint8_t *symbols, const __m256i ent
 }
 
 FEWBIT_AVX2 static void decode_one(struct fewbit_reader *r, size_t n_steps, const uint32_t *slots) {
-    __m256i x[REGISTERS], entry[REGISTERS], wrong = _mm256_setzero_si256();
+    __m256i x[REGISTERS], entry[REGISTERS];
     const uint8_t *at = r->words;
     for (int i = 0; i < REGISTERS; i++)
         x[i] = _mm256_loadu_si256((const __m256i *)(r->state + WIDTH * i));
@@ -127,9 +128,8 @@ FEWBIT_AVX2 static void decode_one(struct fewbit_reader *r, size_t n_steps, cons
         store_symbols(r->symbols + t * FEWBIT_LANES, entry);
     }
     for (int i = 0; i < REGISTERS; i++)
-        wrong = _mm256_or_si256(wrong, _mm256_xor_si256(x[i], _mm256_set1_epi32(FEWBIT_LOW)));
+        _mm256_storeu_si256((__m256i *)(r->ends + WIDTH * i), x[i]);
     r->words = at;
-    r->wrong = !_mm256_testz_si256(wrong, wrong);
 }
 
 FEWBIT_AVX2 void fewbit_encode_avx2(struct fewbit_writer *w, int n_streams, size_t n_steps,

@@ -48,7 +48,8 @@ FEWBIT_AVX512 FEWBIT_INLINE __m512i encode_16(__m512i x, const uint8_t *symbols,
 
 FEWBIT_AVX512 static void encode_one(struct fewbit_writer *w, size_t n_steps,
                                      const fewbit_code *codes) {
-    __m512i low = _mm512_set1_epi32(FEWBIT_LOW), high = low, least = _mm512_set1_epi32(1);
+    __m512i low = _mm512_loadu_si512(w->state), high = _mm512_loadu_si512(w->state + 16);
+    __m512i least = _mm512_set1_epi32(1);
     uint16_t *at = w->begin;
     for (size_t t = n_steps; t--;) {
         const uint8_t *symbols = w->symbols + t * FEWBIT_LANES;
@@ -97,11 +98,10 @@ FEWBIT_AVX512 FEWBIT_INLINE void decode_n(struct fewbit_reader *r, const int n_s
             symbols[i] += FEWBIT_LANES;
         }
     }
-    const __m512i low = _mm512_set1_epi32(FEWBIT_LOW);
     for (int i = 0; i < n_streams; i++) {
         r[i].words = at[i];
-        r[i].wrong =
-            _mm512_cmpneq_epi32_mask(x[i][0], low) | _mm512_cmpneq_epi32_mask(x[i][1], low);
+        _mm512_storeu_si512(r[i].ends, x[i][0]);
+        _mm512_storeu_si512(r[i].ends + 16, x[i][1]);
     }
 }
 

@@ -11,7 +11,7 @@ void fewbit_encode_scalar(struct fewbit_writer *w, int n_streams, size_t n_steps
     for (int i = 0; i < n_streams; i++) {
         uint32_t x[FEWBIT_LANES], impossible = 0;
         uint16_t *at = w[i].begin;
-        for (int lane = 0; lane < FEWBIT_LANES; lane++) x[lane] = FEWBIT_LOW;
+        memcpy(x, w[i].state, sizeof x);
         for (size_t t = n_steps; t--;) {
             const uint8_t *symbols = w[i].symbols + t * FEWBIT_LANES;
             for (int lane = FEWBIT_LANES - 1; lane >= 0; lane--) {
@@ -38,7 +38,7 @@ void fewbit_encode_scalar(struct fewbit_writer *w, int n_streams, size_t n_steps
 void fewbit_decode_scalar(struct fewbit_reader *r, int n_streams, size_t n_steps,
                           const uint32_t *slots) {
     for (int i = 0; i < n_streams; i++) {
-        uint32_t x[FEWBIT_LANES], wrong = 0;
+        uint32_t x[FEWBIT_LANES];
         const uint8_t *at = r[i].words;
         memcpy(x, r[i].state, sizeof x);
         for (size_t t = 0; t < n_steps; t++) {
@@ -54,8 +54,7 @@ void fewbit_decode_scalar(struct fewbit_reader *r, int n_streams, size_t n_steps
                 at += 2 * under;
             }
         }
-        for (int lane = 0; lane < FEWBIT_LANES; lane++) wrong |= x[lane] ^ FEWBIT_LOW;
+        memcpy(r[i].ends, x, sizeof x);
         r[i].words = at;
-        r[i].wrong = wrong;
     }
 }

@@ -26,8 +26,8 @@ def checks(launch=KERNEL.launch):
 @runs
 def test_the_kernel_passes():
     found = checks()
-    assert len(found) == 6 * 3 * 4 + 4
-    for check in [*found[:12], *found[12::7], *found[-4:]]:
+    assert len(found) == 6 * 4 * 4 + 5
+    for check in [*found[:16], *found[16::7], *found[-5:]]:
         assert check.error() == 0.0, check.case
 
 
@@ -53,7 +53,7 @@ def behind(out, streams, config):
 )
 def test_wrong_kernels_fail(launch, damaged):
     found = checks(launch)
-    for check in found[-4:] if damaged else found[:4]:
+    for check in found[-5:] if damaged else found[:4]:
         assert check.error() > 0, check.case
 
 

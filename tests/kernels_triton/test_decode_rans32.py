@@ -86,7 +86,34 @@ def test_any_planes_may_be_coded(kind: Kind) -> None:
     for coded in {(), (last,), tuple(range(kind.n_planes)), (0, last)}:
         planes = tuple(sorted(set(coded)))
         group = assert_round_trip(weights(n, kind), kind, layout, planes)
-        assert len(group.raw) == kind.n_planes - len(planes)
+        n_raw = kind.n_planes - len(planes)
+        assert group.raw.size == n_raw * n - 64 * bool(planes and n_raw)
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [63, 64, 65, 96])
+@pytest.mark.parametrize("kind", [Kind.BF16, Kind.HALF, Kind.FP32, Kind.WORD, Kind.LONG])
+def test_64_bytes_of_the_first_raw_plane_come_from_the_states(kind: Kind, n: int) -> None:
+    """Of the first coded plane, wherever either of them is."""
+    layout, last = flat_layout(n, kind), kind.n_planes - 1
+    data = np.random.default_rng(n).integers(0, 256, n * kind.n_planes).astype(np.uint8)
+    for coded in {(0,), (last,), tuple(range(last)), tuple(range(1, last + 1))}:
+        group = assert_round_trip(data, kind, layout, coded)
+        assert group.raw.size == n * (kind.n_planes - len(coded)) - (64 if n >= 64 else 0)
+
+
+@needs_triton
+@pytest.mark.parametrize(("coded", "constant"), [(0, 0x7F800000), (1, 0x807F0000)])
+def test_every_chunk_carries_whatever_its_stream_is(coded: int, constant: int) -> None:
+    """A constant and a raw stream of fp32, and a coded one of a tail; three planes are raw."""
+    rng, n = np.random.default_rng(coded), 2 * CHUNK + 70
+    bits = rng.integers(0, 2**32, n).astype(np.uint32)
+    bits[:CHUNK] = bits[:CHUNK] & ~np.uint32(constant) | np.uint32(constant & 0x3C3C0000)
+    bits[2 * CHUNK :] = bits[:70]
+    bits[-1] ^= constant
+    group = assert_round_trip(bits.view(np.uint8), Kind.FP32, flat_layout(n, Kind.FP32), (coded,))
+    assert (group.index[:-1] >> np.uint64(62)).tolist() == [1, 2, 0]
+    assert group.raw.size == 3 * n - 3 * 64
 
 
 @needs_triton
@@ -102,11 +129,13 @@ def test_all_bf16_patterns_and_a_tail_behind_whole_chunks() -> None:
 
 @needs_triton
 def test_tiles_of_64_rows_and_256_columns() -> None:
-    data = weights(64 * 512, Kind.BF16)
-    starts = np.array([0, 512], np.int64)
+    """The first tile is coded, the second constant."""
+    rows = weights(64 * 512, Kind.BF16).view(np.uint16).reshape(64, 512).copy()
+    rows[:, 256:] = 60 << 7 | np.arange(256) % 128
+    data, starts = rows.reshape(-1).view(np.uint8), np.array([0, 512], np.int64)
     layout = Layout(starts, np.full(2, CHUNK, np.int32), 256, 1024)
     group = assert_round_trip(data, Kind.BF16, layout, (0,))
-    assert (group.index[:-1] >> np.uint64(62) == 0).all()  # coded, not raw
+    assert (group.index[:-1] >> np.uint64(62)).tolist() == [0, 1]
 
 
 @needs_triton
@@ -161,35 +190,42 @@ def test_out_may_have_any_dtype_and_more_room() -> None:
     decode_rans32(streams, out)
     assert out.view(-1)[:100].view(torch.uint8).cpu().numpy().tobytes() == data.tobytes()
     assert not out[10].any()
-    assert streams.n_bytes >= 100 + 4 * 4096 + 128 and streams.reach == 200
+    assert streams.raw.numel() == 64 + 100 - 64 and streams.reach == 200
+    assert streams.n_bytes >= 100 + 4 * 4096 + 128
 
 
 # ---- damage ---------------------------------------------------------------------------------
 
 
-def one_stream(n: int = 300) -> tuple[np.ndarray, Layout, np.ndarray, Group]:
-    data, layout = weights(n, Kind.BYTE), flat_layout(n, Kind.BYTE)
-    freq = frequencies(data, Kind.BYTE, layout, (0,))
-    return data, layout, freq, rans32.encode(data, Kind.BYTE, layout, freq)
+def one_stream(
+    kind: Kind = Kind.BYTE, n: int = 300
+) -> tuple[np.ndarray, Layout, np.ndarray, Group]:
+    data, layout = weights(n, kind), flat_layout(n, kind)
+    freq = frequencies(data, kind, layout, (0,))
+    return data, layout, freq, rans32.encode(data, kind, layout, freq)
 
 
 @needs_triton
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["words", "index", "state"]), st.integers(0, 2**16), st.integers(1, 255))
+@given(
+    st.sampled_from([Kind.BYTE, Kind.BF16]),
+    st.sampled_from(["words", "index", "state"]),
+    st.integers(0, 2**16),
+    st.integers(1, 255),
+)
 def test_damage_is_found_where_the_cpu_finds_it_before_its_checksum(
-    part: str, place: int, flip: int
+    kind: Kind, part: str, place: int, flip: int
 ) -> None:
-    data, layout, freq, group = one_stream()
+    data, layout, freq, group = one_stream(kind)
     changed = getattr(group, part).copy()
     flat = changed.view(np.uint8).reshape(-1)
     flat[place % flat.size] ^= flip
     broken = replace(group, **{part: changed})
     with pytest.raises(Damage) as by_cpu:
-        rans32.decode(broken, np.empty_like(data), Kind.BYTE, layout, freq)
-    streams = upload(broken, Kind.BYTE, layout, freq, DEVICE)
+        rans32.decode(broken, np.empty_like(data), kind, layout, freq)
+    streams = upload(broken, kind, layout, freq, DEVICE)
     flags = decode(streams, torch.empty(data.size, dtype=torch.uint8, device=DEVICE))
-    last_mode = part == "index" and place % flat.size == 15  # the mode of the end says nothing
-    if "checksum" not in by_cpu.value.reason and not last_mode:
+    if "checksum" not in by_cpu.value.reason:
         assert flags.any(), by_cpu.value.reason
         with pytest.raises(Damage, match="chunk 0: coded plane 0"):
             check(flags)
@@ -220,7 +256,7 @@ def test_words_behind_the_end_are_not_read(n_kept: int) -> None:
         words[:n_kept] = group.words[:n_kept]
         streams = upload(replace(group, index=index, words=words), Kind.BYTE, layout, freq, DEVICE)
         out = torch.empty(data.size, dtype=torch.uint8, device=DEVICE)
-        with pytest.raises(Damage, match="does not end where it began"):
+        with pytest.raises(Damage, match="does not end where it must"):
             decode_rans32(streams, out)
         found.append(out.cpu())
     assert torch.equal(*found)
@@ -243,6 +279,92 @@ def test_a_shorter_or_longer_raw_stream_is_flagged() -> None:
         streams = upload(replace(group, **parts), Kind.BYTE, layout, freq, DEVICE)
         with pytest.raises(Damage, match="of its mode"):
             decode_rans32(streams, torch.empty(n, dtype=torch.uint8, device=DEVICE))
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [63, 64, 300])
+@pytest.mark.parametrize("value", [0, 60, None])
+def test_bytes_that_are_nowhere_to_go_are_flagged(n: int, value: int | None) -> None:
+    """States of a tensor of halves that carry its lower bytes, as those of a tensor of bytes."""
+    data = weights(n, Kind.BYTE) if value is None else np.full(n, value, np.uint8)
+    layout, freq = flat_layout(n, Kind.BYTE), np.zeros((2, 256), np.uint16)
+    freq[0] = rans32.normalize(np.bincount(data, minlength=256))
+    halves = np.stack((np.arange(n) + 1, data), axis=1).astype(np.uint8).reshape(-1)
+    group = rans32.encode(halves, Kind.HALF, flat_layout(n, Kind.HALF), freq)
+    alone = replace(group, raw=np.zeros(0, np.uint8))
+    streams = upload(alone, Kind.BYTE, layout, freq[:1], DEVICE)
+    out = torch.empty(n, dtype=torch.uint8, device=DEVICE)
+    flags = decode(streams, out)
+    assert out.cpu().numpy().tobytes() == data.tobytes()
+    assert flags.tolist() == [[0 if n < 64 else 2 if value is None else 3]]
+    with pytest.raises(Damage) as by_cpu:
+        rans32.decode(alone, np.empty(n, np.uint8), Kind.BYTE, layout, freq[:1])
+    assert ("checksum" in by_cpu.value.reason) == (n < 64)
+
+
+@needs_triton
+@pytest.mark.parametrize("bad", [256 << 16, 200 << 16, 1 << 16 | 1])
+def test_states_of_constant_and_raw_streams_are_checked(bad: int) -> None:
+    """All lanes hold one symbol; one of 256 is none, whichever lane has it. Raw ones hold none."""
+    n = 300
+    layout = flat_layout(n, Kind.BYTE)
+    data = np.full(n, 201, np.uint8)
+    freq = frequencies(data, Kind.BYTE, layout, (0,))
+    constant = rans32.encode(data, Kind.BYTE, layout, freq)
+    _, raw_freq, raw = raw_stream(n)
+    for group, table in ((constant, freq), (raw, raw_freq)):
+        for lanes in (slice(0, 1), slice(31, 32), slice(0, 32 if bad >> 16 != 200 else 31)):
+            state = group.state.copy()
+            state[0, lanes] = bad
+            broken = replace(group, state=state)
+            with pytest.raises(Damage) as by_cpu:
+                rans32.decode(broken, np.empty(n, np.uint8), Kind.BYTE, layout, table)
+            assert "checksum" not in by_cpu.value.reason
+            with pytest.raises(Damage, match="of its mode"):
+                decode_rans32(
+                    upload(broken, Kind.BYTE, layout, table, DEVICE),
+                    torch.empty(n, dtype=torch.uint8, device=DEVICE),
+                )
+
+
+@needs_triton
+def test_a_state_that_no_encoder_leaves_is_flagged() -> None:
+    """A lane at 0 becomes the next word, 0 again, when all words are used up."""
+    layout, freq = flat_layout(32, Kind.BYTE), np.zeros((1, 256), np.uint16)
+    freq[0, :2] = 2048
+    crc = rans32.encode(np.zeros(32, np.uint8), Kind.BYTE, layout, freq).crc
+    state = np.full((1, 32), 2 << 16, np.uint32)  # 2048 · (state >> 12) is 65536
+    none = np.zeros(0, np.uint8)
+    sound = Group(none, none, np.zeros(2, np.uint64), state, crc)
+    out = np.ones(32, np.uint8)
+    assert not decoded(sound, out, Kind.BYTE, layout, freq).any()
+    state[0, 5] = 0
+    broken = replace(sound, words=np.zeros(2, np.uint8), index=np.array([0, 2], np.uint64))
+    with pytest.raises(Damage):
+        rans32.decode(broken, out, Kind.BYTE, layout, freq)
+    with pytest.raises(Damage, match="does not end where it must"):
+        decoded(broken, out, Kind.BYTE, layout, freq)
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_the_end_of_the_index_has_no_mode(mode: int) -> None:
+    data, layout, freq, group = one_stream()
+    index = group.index | np.array([0, mode << 62], np.uint64)
+    broken = replace(group, index=index)
+    with pytest.raises(Damage) as by_cpu:
+        rans32.decode(broken, np.empty_like(data), Kind.BYTE, layout, freq)
+    assert "checksum" not in by_cpu.value.reason
+    with pytest.raises(Damage, match="its index"):
+        decoded(broken, data, Kind.BYTE, layout, freq)
+
+
+@needs_triton
+def test_words_that_are_cut_off_at_an_odd_byte_are_flagged() -> None:
+    data, layout, freq, group = one_stream()
+    streams = upload(replace(group, words=group.words[:-1]), Kind.BYTE, layout, freq, DEVICE)
+    with pytest.raises(Damage, match="beyond the words"):
+        decode_rans32(streams, torch.empty(data.size, dtype=torch.uint8, device=DEVICE))
 
 
 @needs_triton
@@ -287,7 +409,7 @@ def test_layouts_that_addresses_cannot_say_are_refused(sizes, piece, stride) -> 
     freq = np.zeros((1, 256), np.uint16)
     index, state = np.zeros(1, np.uint64), np.zeros((0, 32), np.uint32)
     crc, none = np.zeros(len(sizes), np.uint32), np.zeros(0, np.uint8)
-    group = Group(np.zeros((1, n), np.uint8), none, index, state, crc)
+    group = Group(np.zeros(n, np.uint8), none, index, state, crc)
     with pytest.raises(ValueError, match="do not overlap"):
         upload(group, Kind.BYTE, layout, freq, DEVICE)
 

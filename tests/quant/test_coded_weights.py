@@ -4,6 +4,9 @@ import pytest
 import torch
 import transformers
 
+from fewbit.kernels_triton import _triton
+from fewbit.quant import coded_weights, hf
+from fewbit.quant.codecs.coded import CodedTensor
 from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.evaluate import evaluate
 from fewbit.quant.linear import QuantLinear
@@ -75,6 +78,42 @@ def test_saving(coded, tmp_path):
         assert torch.equal(found.state_dict()[name], value), name
     with pytest.raises(CheckpointError, match=r"as fle4, which is no form to store .*decoded"):
         load(coded, device="cpu", resident="fle4").save_pretrained(tmp_path / "fle")
+
+
+def test_gpus_and_cpus_decode_and_no_other_device(coded):
+    stored = open_stored(coded).contents()
+    tensor = stored.coded("model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: .*CPU or an NVIDIA GPU, got mps"):
+        coded_weights._on_device(tensor, torch.device("mps"))
+
+
+@pytest.mark.skipif(not _triton.interpreted(), reason="Triton's interpreter is not on")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_a_model_runs_on_what_the_gpu_decoder_decodes(tmp_path, monkeypatch):
+    """All but the GPU: planes of a file are uploaded, and blocks are decoded ahead of use by the
+    kernel, in Triton's interpreter; it is slow, so the CPU decodes most weights."""
+    save("llama", tmp_path / "src", torch.bfloat16)
+    quantize(tmp_path / "src", tmp_path / "out", recipe="lossless")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype="auto")
+    keep, held = coded_weights.keep, {}
+
+    def keep_uploaded(model, kept, device):
+        assert all(isinstance(tensor, CodedTensor) for tensor in kept.values())
+        ours = [name for name in kept if "k_proj" in name or "layers.1.mlp.down_proj" in name]
+        held.update({name: coded_weights._uploaded(kept[name], device) for name in ours})
+        keep(model, {**kept, **held}, device)
+
+    monkeypatch.setattr(hf, "keep", keep_uploaded)
+    model = load(tmp_path / "out", device="cpu", resident="coded")
+    names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert len(held) == 3 and held.keys() < set(names)
+    assert not any(tensor.checked for tensor in held.values())
+    tokens = make_tokens()[:1, :4]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    assert all(tensor.checked for tensor in held.values())
+    found, wanted = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in names)
 
 
 @pytest.mark.parametrize("arch", ["llama_tied", "mixtral", "gpt_oss", "qwen2"])

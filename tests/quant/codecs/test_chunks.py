@@ -5,7 +5,16 @@ import pickle
 import numpy as np
 import pytest
 
-from fewbit.quant.codecs.chunks import CHUNK, LANES, Damage, Group, Layout, flat_layout
+from fewbit.quant.codecs.chunks import (
+    CHUNK,
+    LANES,
+    Damage,
+    Group,
+    Layout,
+    carried,
+    flat_layout,
+    raw_offsets,
+)  # fmt: skip
 from fewbit.quant.codecs.planes import Kind
 
 
@@ -64,7 +73,7 @@ def test_damage_names_the_chunk_and_survives_other_processes():
 @pytest.mark.parametrize("field", ["raw", "words", "index", "state", "crc"])
 def test_a_group_of_wrong_shapes_or_dtypes_is_damage(field):
     arrays = {
-        "raw": np.zeros((1, 40000), np.uint8), "words": np.zeros(10, np.uint8),
+        "raw": np.zeros(40000 - 3 * 64, np.uint8), "words": np.zeros(10, np.uint8),
         "index": np.zeros(4, np.uint64), "state": np.zeros((3, LANES), np.uint32),
         "crc": np.zeros(3, np.uint32),
     }  # fmt: skip
@@ -75,3 +84,27 @@ def test_a_group_of_wrong_shapes_or_dtypes_is_damage(field):
             continue  # their length is no one's business but the index's
         with pytest.raises(Damage, match=f"{field} is"):
             Group(**{**arrays, field: wrong}).check(chunks, 1, 1)
+
+
+@pytest.mark.parametrize("size, n_coded, n_raw, wanted", [
+    (CHUNK, 1, 1, 64), (64, 1, 1, 64), (63, 1, 1, 0), (64, 0, 1, 0), (64, 1, 0, 0), (64, 3, 5, 64),
+])  # fmt: skip
+def test_what_a_chunk_carries(size, n_coded, n_raw, wanted):
+    assert carried(size, n_coded, n_raw) == wanted
+    sizes = np.array([size, CHUNK, size], np.int32)
+    full = n_raw * CHUNK - carried(CHUNK, n_coded, n_raw)
+    stored = n_raw * size - wanted
+    assert raw_offsets(sizes, n_coded, n_raw).tolist() == [
+        0,
+        stored,
+        stored + full,
+        2 * stored + full,
+    ]
+
+
+def test_full_chunks_have_a_fixed_stride_in_raw():
+    sizes = flat_layout(5 * CHUNK + 63, Kind.FP32).sizes
+    offsets = raw_offsets(sizes, 2, 2)
+    assert offsets[:6].tolist() == [c * (2 * CHUNK - 64) for c in range(6)]
+    assert offsets[6] - offsets[5] == 2 * 63
+    assert raw_offsets(sizes[:0], 2, 2).tolist() == [0]

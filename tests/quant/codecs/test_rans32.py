@@ -1,6 +1,7 @@
 """Round trips, identical bytes from every engine, damage, rate: what holds whoever codes."""
 
 import dataclasses
+import itertools
 import logging
 
 import numpy as np
@@ -14,6 +15,7 @@ from fewbit.quant.codecs.planes import Kind, split
 from fewbit.quant.codecs.rans32 import CHUNK, Damage, Group, Layout, Mode, flat_layout, normalize
 from fewbit.quant.native import compiler
 
+OFFSETS = np.uint64((1 << 62) - 1)
 FIELDS = ("raw", "words", "index", "state", "crc")
 
 
@@ -288,13 +290,99 @@ def test_damage_in_raw_planes_and_in_the_names_of_chunks(engine):
     freq[1] = 0
     group = engine.encode(data, Kind.BF16, layout, freq)
     out = np.empty_like(data)
-    for chunk, element in ((0, 0), (3, 4 * CHUNK - 1), (4, 4 * CHUNK), (4, 4 * CHUNK + 100)):
+    stride = CHUNK - 64
+    assert group.raw.size == 4 * stride + 101 - 64
+    for chunk, place in ((0, 0), (3, 4 * stride - 1), (4, 4 * stride), (4, 4 * stride + 36)):
         raw = group.raw.copy()
-        raw[0, element] ^= 64
+        raw[place] ^= 64
         with pytest.raises(Damage) as caught:
             engine.decode(dataclasses.replace(group, raw=raw), out, Kind.BF16, layout, freq)
         assert caught.value.chunk == chunk
         assert "checksum" in caught.value.reason
+
+
+def carrying_group(engine):
+    """First coded streams that are RANS, CONSTANT, RAW, and RANS of 101 elements; signs are raw."""
+    data = weights(3 * CHUNK + 101)
+    words = data.view("<u2")
+    words[CHUNK : 2 * CHUNK] = words[CHUNK : 2 * CHUNK] & 0x807F | 120 << 7
+    layout = flat_layout(words.size, Kind.BF16)
+    freq = frequencies_of(data, Kind.BF16, layout, [1])
+    words[2 * CHUNK + 7] = 0x7F80  # exponent 255 has no frequency
+    assert freq[0, 255] == 0
+    group = engine.encode(data, Kind.BF16, layout, freq)
+    assert modes(group) == [Mode.RANS, Mode.CONSTANT, Mode.RAW, Mode.RANS]
+    return data, layout, freq, group
+
+
+def test_states_carry_the_first_bytes_of_a_raw_plane(engine):
+    """Acceptance: 64 bytes a chunk for nothing, whatever the mode; each of them is checked."""
+    data, layout, freq, group = carrying_group(engine)
+    assert group.raw.size == layout.n_elements - 4 * 64
+    signs = split(data, Kind.BF16)[1]
+    for chunk in range(4):
+        part = signs[chunk * CHUNK : (chunk + 1) * CHUNK]
+        stored = group.raw[chunk * (CHUNK - 64) :][: part.size - 64]
+        np.testing.assert_array_equal(stored, part[64:])
+        if chunk in (1, 2):
+            halves = part[:32] | part[32:64].astype(np.uint32) << 8
+            symbol = 120 << 16 if chunk == 1 else 0
+            np.testing.assert_array_equal(group.state[chunk], symbol | halves)
+    out = np.empty_like(data)
+    engine.decode(group, out, Kind.BF16, layout, freq)
+    np.testing.assert_array_equal(out, data)
+    for chunk, lane, bit in itertools.product(range(4), (0, 15, 16, 31), (0, 7, 8, 15, 16, 23, 31)):
+        state = group.state.copy()
+        state[chunk, lane] ^= np.uint32(1 << bit)
+        with pytest.raises(Damage) as caught:
+            engine.decode(dataclasses.replace(group, state=state), out, Kind.BF16, layout, freq)
+        assert caught.value.chunk == chunk
+
+
+@pytest.mark.parametrize("n, n_carried", [(63, 0), (64, 64), (65, 64), (CHUNK + 63, 64)])
+@pytest.mark.parametrize("kind, raw_planes", [
+    (Kind.BF16, [1]), (Kind.BF16, [0]), (Kind.FP32, [2, 3]), (Kind.LONG, [0, 5, 7]),
+])  # fmt: skip
+def test_who_carries_and_how_much(engine, kind, raw_planes, n, n_carried):
+    data = np.random.default_rng(n).binomial(20, 0.4, n * kind.n_planes).astype(np.uint8)
+    group = assert_round_trip(engine, data, kind, raw_planes=raw_planes)
+    assert group.raw.size == len(raw_planes) * n - n_carried
+    planes = split(data, kind)[raw_planes]
+    expected = [planes[:, :CHUNK].reshape(-1)[n_carried:], planes[:, CHUNK:].reshape(-1)]
+    np.testing.assert_array_equal(group.raw, np.concatenate(expected))
+
+
+def test_streams_that_carry_nothing_may_not_hold_anything(engine):
+    """Bits below 65536 where a first coded plane has none, or another plane than the first."""
+    data, layout, freq, group = small_group(engine)
+    out = np.empty_like(data)
+    seen = set()
+    for row, mode in enumerate(modes(group)):
+        state = group.state.copy()
+        if mode == Mode.RANS:
+            continue  # the words would have to be coded with it: test below
+        state[row, 3] ^= 256
+        seen.add(mode)
+        with pytest.raises(Damage, match="does not end where it must"):
+            engine.decode(dataclasses.replace(group, state=state), out, Kind.BF16, layout, freq)
+    assert seen == {Mode.CONSTANT, Mode.RAW}
+    # a stream that carries, offered where nothing may be carried: one plane, so no raw plane
+    _, _, freq, group = carrying_group(engine)
+    exponents = np.empty(CHUNK, np.uint8)
+    alone = Group(
+        group.raw[:0], group.words, np.array([0, group.index[1]], np.uint64) & OFFSETS,
+        group.state[:1], group.crc[:1],
+    )  # fmt: skip
+    with pytest.raises(Damage, match="chunk 0: the decoder does not end where it must"):
+        engine.decode(alone, exponents, Kind.BYTE, flat_layout(CHUNK, Kind.BYTE), freq[:1])
+
+
+def test_raw_of_another_length_is_damage(engine, monkeypatch):
+    monkeypatch.setattr(rans32, "_engine", lambda: engine)
+    data, layout, freq, group = carrying_group(engine)
+    for raw in (group.raw[:-1], np.append(group.raw, np.uint8(0)), group.raw[None], group.raw[:0]):
+        with pytest.raises(Damage, match="raw is uint8"):
+            rans32.decode(dataclasses.replace(group, raw=raw), data, Kind.BF16, layout, freq)
 
 
 def test_swapped_chunks_shortened_words_and_foreign_tables(engine):
@@ -337,7 +425,7 @@ def test_words_may_begin_later_and_go_on_behind(engine):
     data, _, freq, group = small_group(engine)
     rows = slice(2 * 3, 2 * 4)
     one = Group(
-        np.empty((0, CHUNK), np.uint8), group.words, group.index[rows.start : rows.stop + 1].copy(),
+        np.empty(0, np.uint8), group.words, group.index[rows.start : rows.stop + 1].copy(),
         group.state[rows], group.crc[3:4],
     )  # fmt: skip
     one.index[-1] &= np.uint64((1 << 62) - 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fewbit.quant.codecs import rans32_native
-from fewbit.quant.codecs.chunks import Damage, Group, flat_layout
+from fewbit.quant.codecs.chunks import Damage, Group, Layout, flat_layout
 from fewbit.quant.codecs.frequencies import normalize
 from fewbit.quant.codecs.planes import Kind
 from fewbit.quant.native import compiler
@@ -78,14 +78,44 @@ def test_codes_become_errors():
     rans32_native._raise(0)
 
 
-def test_c_refuses_what_python_let_through():
-    """The layout is checked again behind the facade."""
+def test_words_that_need_more_room_than_expected_get_it():
+    """Frequencies of other data: 8 bits a symbol where half a bit was promised."""
+    symbols = np.random.default_rng(0).integers(0, 256, 300001, np.uint8)
+    freq = np.ones(256, np.uint16)
+    freq[7] = 4096 - 255
+    layout = flat_layout(symbols.size, Kind.BYTE)
+    assert rans32_native._likely_bytes(freq, symbols.size) < symbols.size / 5
+    group = rans32_native.encode(symbols, Kind.BYTE, layout, freq[None])
+    assert group.words.size >= symbols.size
+    out = np.empty_like(symbols)
+    rans32_native.decode(group, out, Kind.BYTE, layout, freq[None])
+    np.testing.assert_array_equal(out, symbols)
+
+
+def test_what_c_refuses_is_put_into_words():
+    """Layouts and frequencies are checked in C alone; nothing is read or written before."""
     data = exponents(100)
-    freq = normalize(np.bincount(data, minlength=256))[None]
-    with pytest.raises(ValueError, match="refuses its arguments"):
-        rans32_native.encode(data[:99], Kind.BYTE, flat_layout(100, Kind.BYTE), freq)
-    with pytest.raises(ValueError, match="refuses its arguments"):
-        rans32_native.count(data[:99], Kind.BYTE, flat_layout(100, Kind.BYTE))
+    freq, layout = normalize(np.bincount(data, minlength=256))[None], flat_layout(100, Kind.BYTE)
+    group = rans32_native.encode(data, Kind.BYTE, layout, freq)
+    calls = (
+        lambda layout, freq: rans32_native.encode(data, Kind.BYTE, layout, freq),
+        lambda layout, freq: rans32_native.decode(group, data.copy(), Kind.BYTE, layout, freq),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="a chunk ends behind the buffer's 100 bytes"):
+            call(Layout(layout.starts + 1, layout.sizes, layout.piece, 0), freq)
+        with pytest.raises(ValueError, match="must be int64 and int32"):
+            call(Layout(layout.starts, layout.starts, layout.piece, 0), freq)
+        with pytest.raises(ValueError, match="plane 0 sum to 4095"):
+            call(layout, np.where(freq == freq.max(), freq - 1, freq).astype(np.uint16))
+        with pytest.raises(ValueError, match=r"must be uint16 \[1, 256\]"):
+            call(layout, freq[0])
+    for size in (0, -1, -200, -(2**31)):
+        wrong = Layout(layout.starts, np.array([size], np.int32), layout.piece, 0)
+        with pytest.raises(ValueError, match="chunks have 1 to 16384 elements"):
+            rans32_native.encode(data, Kind.BYTE, wrong, freq)
+        with pytest.raises(ValueError, match="chunks have 1 to 16384 elements"):
+            rans32_native.count(data, Kind.BYTE, wrong)
 
 
 def test_the_engine_is_at_most_what_the_environment_allows(monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fewbit.quant.codecs import rans32_numpy
 from fewbit.quant.codecs.chunks import OFFSET_MASK, Layout, flat_layout
 from fewbit.quant.codecs.frequencies import normalize
-from fewbit.quant.codecs.planes import Kind
+from fewbit.quant.codecs.planes import Kind, split
 
 LOW = 65536
 FROZEN_FREQ = [0, 16, 0, 1211, 621, 494, 1116, 590]
@@ -52,15 +52,55 @@ FROZEN_STATE = [
     180673,
 ]
 FROZEN_CRC = 3114147141
+CARRIED_WORDS = (
+    "ba2bdf61db14234663f12de078a01e8451128e40eb65f6e8043b3d4a85e230ccbbb2711209c9d606a19ea8eb"
+    "7fc1d552c9d1a4c77ebf338fbebca4cbe1c5aed901cb"
+)
+CARRIED_STATE = [
+    446998,
+    1300480,
+    2123015,
+    4963853,
+    3607377,
+    2031998,
+    2704996,
+    3993270,
+    3019069,
+    7794719,
+    1536348,
+    907737,
+    688445,
+    819775,
+    702298,
+    1034296,
+    1351455,
+    2502255,
+    1985053,
+    2644601,
+    3851824,
+    5810733,
+    3930170,
+    2833574,
+    1198680,
+    684960,
+    528511,
+    637557,
+    219737,
+    369546,
+    256052,
+    324106,
+]
+CARRIED_CRC = 1996329089
+CARRIED_RAW_CRC = 1452460016
 
 
-def code(symbols, freq):
+def code(symbols, freq, halves=(0,) * 32):
     """(words, states) of one stream, by the definition, one Python integer at a time."""
     f = [int(value) for value in freq]
     c = [sum(f[:symbol]) for symbol in range(256)]
     n_steps = -(-len(symbols) // 32)
     padded = list(symbols) + [f.index(max(f))] * (n_steps * 32 - len(symbols))
-    x, words = [LOW] * 32, {}
+    x, words = [LOW + half for half in halves], {}
     for t in reversed(range(n_steps)):
         for lane in range(32):
             symbol = padded[32 * t + lane]
@@ -87,7 +127,7 @@ def test_streams_are_what_the_definition_says(seed, n, n_symbols):
     words, states = code(symbols.tolist(), freq)
     if (symbols == symbols[0]).all():
         assert group.index.tolist() == [1 << 62, 0]
-        assert group.state[0].tolist() == [symbols[0]] + [0] * 31
+        assert group.state[0].tolist() == [int(symbols[0]) << 16] * 32
     elif 2 * len(words) >= n:
         assert group.index.tolist() == [2 << 62, n + n % 2]
         assert group.words.tolist() == symbols.tolist() + [0] * (n % 2)
@@ -99,6 +139,7 @@ def test_streams_are_what_the_definition_says(seed, n, n_symbols):
 
 
 def test_frozen_bytes():
+    """The format is frozen from here on: files are read by every later version. Never edit these."""
     i = np.arange(257)
     symbols = (120 + (i * i * 7 + i // 3) % 11 % 5 - (i % 64 == 9) * 20).astype(np.uint8)
     freq = normalize(np.bincount(symbols, minlength=256))
@@ -108,6 +149,37 @@ def test_frozen_bytes():
     assert group.state[0].tolist() == FROZEN_STATE
     assert group.index.tolist() == [0, len(FROZEN_WORDS) // 2]
     assert group.crc.tolist() == [FROZEN_CRC]
+
+
+def carrying_example():
+    """257 bf16 words of known bytes; their exponents are the symbols of the test above."""
+    i = np.arange(257)
+    exponents = 120 + (i * i * 7 + i // 3) % 11 % 5 - (i % 64 == 9) * 20
+    words = (i * 37 % 2) << 15 | exponents << 7 | (i * i * 5 + 3 * i + 1) % 128
+    return words.astype("<u2").view(np.uint8)
+
+
+def test_frozen_bytes_of_a_chunk_that_carries():
+    """The format is frozen from here on: files are read by every later version. Never edit these."""
+    data = carrying_example()
+    layout = flat_layout(257, Kind.BF16)
+    freq = np.zeros((2, 256), np.uint16)
+    freq[0] = normalize(np.bincount(split(data, Kind.BF16)[0], minlength=256))
+    group = rans32_numpy.encode(data, Kind.BF16, layout, freq)
+    assert google_crc32c.value(group.raw.tobytes()) == CARRIED_RAW_CRC
+    assert group.words.tobytes().hex() == CARRIED_WORDS
+    assert group.state[0].tolist() == CARRIED_STATE
+    assert group.index.tolist() == [0, len(CARRIED_WORDS) // 2]
+    assert group.crc.tolist() == [CARRIED_CRC]
+    exponents, signs = split(data, Kind.BF16)
+    assert group.raw.tolist() == signs[64:].tolist()
+    halves = [int(signs[lane]) + 256 * int(signs[lane + 32]) for lane in range(32)]
+    words, states = code(exponents.tolist(), freq[0], halves)
+    assert group.words.view("<u2").tolist() == words
+    assert group.state[0].tolist() == states
+    out = np.zeros_like(data)
+    rans32_numpy.decode(group, out, Kind.BF16, layout, freq)
+    assert out.tobytes() == data.tobytes()
 
 
 def test_one_step_by_hand():

@@ -72,10 +72,13 @@ static void make(struct problem *p) {
         n_coded++;
     }
     p->n_rows = n_coded * n_chunks;
-    p->n_raw = ((size_t)width - n_coded) * total;
+    size_t n_raw = (size_t)width - n_coded;
+    p->n_raw = n_raw * total;
+    for (uint64_t c = 0; n_raw && n_coded && c < n_chunks; c++)
+        p->n_raw -= sizes[c] >= FEWBIT_CARRIED ? FEWBIT_CARRIED : 0;
     size_t room = n_coded * (total + n_chunks) + 1;
-    p->group = (struct fewbit_group){malloc(p->n_raw + 1),
-                                     total,
+    p->group = (struct fewbit_group){malloc(p->n_raw ? p->n_raw : 1),
+                                     p->n_raw,
                                      malloc(room),
                                      room,
                                      malloc(8 * (p->n_rows + 1)),
@@ -102,7 +105,7 @@ static void flip(void *array, size_t n) { ((uint8_t *)array)[draw(n)] ^= (uint8_
 /* Damages one array; 0 if there was nothing to damage. */
 static int damage(struct problem *p) {
     struct fewbit_group *g = &p->group;
-    switch (draw(8)) {
+    switch (draw(9)) {
     case 0: flip(g->index, 8 * (p->n_rows + 1)); return 1;
     case 1:
         if (p->n_rows) flip(g->state, 128 * p->n_rows);
@@ -121,7 +124,14 @@ static int damage(struct problem *p) {
         g->words = shorter;
         return 1;
     }
-    case 6: { /* offsets that still ascend */
+    case 6: { /* a raw plane that is shorter */
+        if (!p->n_raw) return 0;
+        uint8_t *shorter = copy_of(g->raw, g->raw_bytes -= 1 + draw(p->n_raw));
+        free(g->raw);
+        g->raw = shorter;
+        return 1;
+    }
+    case 7: { /* offsets that still ascend */
         if (p->n_rows < 2) return 0;
         uint64_t row = 1 + draw(p->n_rows - 1), mask = ((uint64_t)1 << 62) - 1, old = g->index[row];
         uint64_t low = g->index[row - 1] & mask, high = g->index[row + 1] & mask;
