@@ -27,11 +27,11 @@ bytes of its first raw plane there, in the states of its first coded plane:
     half[l] = b[l] | b[l + 32] << 8        l = 0..31; 0 in all other streams, and if nothing is carried
 
     state      31..................16 15...................0
-    RANS        end state of an encoder that began with 1 << 16 | half; a decoder ends with it
+    RANS        where the encoder ended that began with 1 << 16 | half, to which decoding leads back
     CONSTANT    the symbol           | half                   in all lanes
     RAW         0                    | half
 
-A full chunk has R · 16384 - 64 bytes in `raw`, so that any chunk can be found there.
+If chunks carry, a full one has R · 16384 - 64 bytes in `raw`: any chunk can be found there.
 
 Nothing is coded here.
 """
