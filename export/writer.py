@@ -50,6 +50,8 @@ from .shards import (
 )
 from .writeback import Writeback
 
+TERNARY_BYTES = 1 << 20  # of a part of ternaries; larger ones are always smaller by rans32
+
 
 class CheckpointWriter:
     """Fills shards of `folder` with `units`; resumes from the journal that lies there.
@@ -217,9 +219,8 @@ class CheckpointWriter:
             encoder.count(chunk)
         worth = encoder.settle()
         bound = encoder.expected_bytes if worth else spec.n_bytes
-        if spec.ternary_columns is not None and self._write_ternary(
-            data, name, chunks, spec, bound
-        ):
+        small = spec.n_bytes <= TERNARY_BYTES
+        if small and spec.ternary_columns and self._write_ternary(data, name, chunks, spec, bound):
             return
         if not worth:
             self._write_tensor(data, name, chunks, spec)

@@ -93,6 +93,8 @@ def export(
 def _check_out(folder: Path, out: Path) -> None:
     if out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the checkpoint itself; choose another output folder")
+    if folder.resolve() in out.resolve().parents:
+        raise CheckpointError(f"{out} lies inside the checkpoint; choose another output folder")
     if os.path.lexists(out) and not out.is_dir():
         raise CheckpointError(f"{out} is a file; the output must be a folder")
 

@@ -27,13 +27,14 @@ import torch
 
 from ..calibrate.protocol import Plan, PlannedPass, plan_passes
 from ..export.checkpoint import Checkpoint
+from ..export.coded_files import split_name
 from ..export.report import UNTIED, Report
 from ..export.shards import UnitPlan
 from ..export.writer import CheckpointWriter
 from . import publish
 from .allocator import freed_blocks_returned
 from .device import calibration_dtype, resolve_device
-from .errors import CalibrationError, RecipeError
+from .errors import CalibrationError, CheckpointError, RecipeError
 from .kv_policy import KVPolicy
 from .layout import plan_tensors, unit_of
 from .preflight import check_resources, peak_resident_bytes, text_config
@@ -129,6 +130,7 @@ def _prepare(
     target = resolve_device(device)
     checkpoint = Checkpoint.open(source, revision, as_stored=recipe.keeps_bytes)
     _refuse_policy(checkpoint, recipe)
+    _refuse_names(checkpoint)
     _refuse_passes(checkpoint, steps.passes)
     _check_kv(checkpoint, recipe.kv)
     model = transform_model(checkpoint, steps, seed, target)
@@ -157,6 +159,16 @@ def _refuse_policy(checkpoint: Checkpoint, recipe: Recipe) -> None:
             f"{checkpoint.name} is quantized already, and recipe {recipe.name!r} would store it as it "
             f"is with a cache policy that nothing could follow; use --recipe lossless"
         )
+
+
+def _refuse_names(checkpoint: Checkpoint) -> None:
+    """CheckpointError if a tensor has the name of a plane: the output could not be read."""
+    for name in checkpoint.tensors:
+        if split_name(name) is not None:
+            raise CheckpointError(
+                f"{checkpoint.name}: tensor {name!r} has the name of a coded tensor's plane; fewbit's "
+                f"own checkpoints are no source, others must rename it"
+            )
 
 
 def _check_kv(checkpoint: Checkpoint, policy: KVPolicy | None) -> None:

@@ -23,6 +23,7 @@ import google_crc32c
 import torch
 
 from ..export.chunked import crc32c
+from ..export.coded_files import split_name
 from ..export.metadata import MANIFEST, config_sha256
 from ..export.safetensors_file import Entry, Header, map_entries
 from .errors import CheckpointError, FormatError
@@ -58,12 +59,24 @@ def verify(stored: StoredCheckpoint, everything: bool = False) -> None:
             if stored.manifest is None:
                 found = described_checksum(found, header.entries[name])
             if expected.get(name) != found:
+                _name_the_chunk(stored, header, name)
                 raise CheckpointError(
                     f"{header.path}: tensor {name} has checksum {found}, "
                     f"{expected.get(name, 'none')} was written; {_AGAIN}"
                 )
     if everything:
         check_contents(stored)
+
+
+def _name_the_chunk(stored: StoredCheckpoint, header: Header, name: str) -> None:
+    """CheckpointError that says which chunk of a coded tensor is damaged, if decoding finds it."""
+    split = split_name(name)
+    if split is None:
+        return
+    try:
+        stored.contents().coded(split[0]).verify()
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.path}: {error}") from error
 
 
 def described_checksum(of_bytes: str, entry: Entry) -> str:

@@ -426,7 +426,7 @@ def test_a_damaged_file_is_named_with_tensor_and_chunk(coded, tmp_path):
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[entry.begin + 50] ^= 8
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"checksum"):
+    with pytest.raises(CheckpointError, match=rf"safetensors: {name}: chunk \d+ of \d+: "):
         load(folder, device="cpu")
     with pytest.raises(
         CheckpointError, match=rf"{name}: chunk \d+ of \d+: .*fetch or quantize again"
@@ -453,6 +453,21 @@ def test_bad_targets_and_folders(coded, tmp_path):
     with pytest.raises(RecipeError, match=r"holds 42 quantized weights .* not built yet"):
         export(tmp_path / "w4", tmp_path / "x", "dense")
     assert not (tmp_path / "x").exists()
+
+
+def test_out_inside_the_checkpoint_is_refused(coded, tmp_path):
+    with pytest.raises(CheckpointError, match=r"lies inside the checkpoint"):
+        export(coded, coded / "sub", "dense")
+    assert not (coded / "sub").exists()
+
+
+def test_a_source_with_the_name_of_a_plane_is_refused(tmp_path):
+    tensors = {"x.rans32.head": torch.zeros(3), "y": torch.zeros(3)}
+    (tmp_path / "src").mkdir()
+    save_file(tensors, tmp_path / "src" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'x\.rans32\.head' has the name of a coded tensor"):
+        quantize(tmp_path / "src", tmp_path / "out", recipe="lossless")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_settings(tmp_path):

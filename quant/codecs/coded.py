@@ -15,7 +15,8 @@ where that would save too little. Tensor `T` becomes seven U8 tensors, all integ
 
     head   0 "fbrn"   4 version u8   5 kind u8    6 order u8    7 axes u8
            8 dtype u8   9 coded planes, a bit each, u8   10 zero u16   12 elements of a chunk u32
-          16 CRC32C of freq u32   20 CRC32C of index u32   24 shape u64 [axes]   then CRC32C of head u32
+          16 CRC32C of freq, of index, of state, of crc, u32 each   32 shape u64 [axes]
+          then zlib's CRC-32 of the head u32 (with a CRC32C, every head would have the same CRC32C)
 
 A chunk holds 16,384 elements, the last one what is left; C chunks hold n elements. Their order:
 
@@ -25,13 +26,15 @@ A chunk holds 16,384 elements, the last one what is left; C chunks hold n elemen
            of a tensor can be had by decoding little more than them
 
 Nothing depends on what precedes it but the index, so every chunk can be decoded alone. A damaged
-byte anywhere is found: by the checksum of head, freq or index, by the coder's end states, or by the
-chunk's checksum; the error names tensor and chunk. Encoding is in `encoder.py`. Source: fewbit's
-specification of lossless coding, section 4 (D1) and 7.
+byte anywhere is found: by the checksum of head, freq or index, by the coder's end states, by the
+chunk's checksum, or (chunks exchanged) by those of state and crc; the error names tensor and chunk.
+Encoding is in `encoder.py`. Source: fewbit's specification of lossless coding, section 4 (D1) and 7;
+new are the bytes that states carry, the sparse tables and the checksums of planes.
 """
 
 import math
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +56,7 @@ PLANES = ("raw", "words", "state", "index", "crc", "freq", "head")  # in the ord
 TILE = (64, 256)  # rows, columns
 STREAM_BYTES = 4 * 32 + 8  # states and index entry of one stream
 _MAGIC = b"fbrn"
-_FIXED = struct.Struct("<4sBBBBBBHIII")
+_FIXED = struct.Struct("<4sBBBBBBHIIIII")
 _FLAT, _TILE = 0, 1
 _RUN_CHUNKS = 64  # chunks that one thread decodes at a time: 2 MiB of bf16
 _OFFSET = np.uint64((1 << 62) - 1)
@@ -80,7 +83,7 @@ class Head:
     """What a coded tensor is.
 
     tiled: its order. coded: whether each plane of its kind is coded; the others are raw.
-    freq_crc, index_crc: CRC32C of those planes' bytes.
+    freq_crc, ...: CRC32C of those planes' bytes.
     """
 
     dtype: torch.dtype
@@ -89,6 +92,8 @@ class Head:
     coded: tuple[bool, ...]
     freq_crc: int = 0
     index_crc: int = 0
+    state_crc: int = 0
+    crc_crc: int = 0
 
     @property
     def kind(self) -> Kind:
@@ -159,9 +164,10 @@ class Head:
         mask = sum(1 << plane for plane, coded in enumerate(self.coded) if coded)
         body = _FIXED.pack(
             _MAGIC, VERSION, self.kind, _TILE if self.tiled else _FLAT, len(self.shape),
-            _CODES[self.dtype], mask, 0, CHUNK, self.freq_crc, self.index_crc,
+            _CODES[self.dtype], mask, 0, CHUNK, self.freq_crc, self.index_crc, self.state_crc,
+            self.crc_crc,
         ) + struct.pack(f"<{len(self.shape)}Q", *self.shape)  # fmt: skip
-        return body + struct.pack("<I", google_crc32c.value(body))
+        return body + struct.pack("<I", zlib.crc32(body))
 
 
 def head_of(dtype: torch.dtype, shape: tuple[int, ...], coded: tuple[bool, ...]) -> Head:
@@ -189,18 +195,18 @@ def parse_head(name: str, data: bytes) -> Head:
             f"{name}: coded by version {data[4]} of rans32, this fewbit reads version {VERSION}; "
             f"upgrade with: pip install -U fewbit"
         )
-    if struct.unpack("<I", data[-4:])[0] != google_crc32c.value(data[:-4]):
+    if struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
         raise CheckpointError(f"{name}: the head's checksum differs; {_AGAIN}")
-    _, _, kind, order, n_axes, code, mask, zero, chunk, freq, index = _FIXED.unpack_from(data)
+    _, _, kind, order, n_axes, code, mask, zero, chunk, *sums = _FIXED.unpack_from(data)
     dtype = _DTYPES.get(code)
     if dtype is None or len(data) != _FIXED.size + 8 * n_axes + 4 or chunk != CHUNK or zero:
         raise CheckpointError(f"{name}: the head holds values that do not exist; {_AGAIN}")
     shape = struct.unpack_from(f"<{n_axes}Q", data, _FIXED.size)
     planes = kind_of(dtype).n_planes
     coded = tuple(bool(mask >> plane & 1) for plane in range(planes))
-    head = Head(dtype, shape, order == _TILE, coded, freq, index)
-    sound = kind == kind_of(dtype) and order in (_FLAT, _TILE) and 0 < mask < 1 << planes
-    if not sound or math.prod(shape) >= 2**62 or (head.tiled and not _can_tile(shape)):
+    head = Head(dtype, shape, order == _TILE, coded, *sums)
+    sound = kind == kind_of(dtype) and 0 < mask < 1 << planes and 0 < math.prod(shape) < 2**62
+    if not sound or order != (_TILE if _can_tile(shape) else _FLAT):
         raise CheckpointError(f"{name}: the head contradicts itself; {_AGAIN}")
     return head
 
@@ -238,6 +244,11 @@ class CodedTensor:
         found.freq[list(head.coded)] = unpack_freq(name, planes["freq"].numpy(), head.n_coded)
         return found
 
+    def _check_order(self) -> None:
+        """That each chunk stands where it was: its own checksum does not say."""
+        self._check_plane("state", self.head.state_crc)
+        self._check_plane("crc", self.head.crc_crc)
+
     def _check_plane(self, plane: str, wanted: int) -> None:
         if google_crc32c.value(self.planes[plane].numpy()) != wanted:
             raise CheckpointError(f"{self.name}: the checksum of plane {plane} differs; {_AGAIN}")
@@ -270,6 +281,7 @@ class CodedTensor:
         runs = [(a, min(a + _RUN_CHUNKS, self.head.n_chunks))
                 for a in range(0, self.head.n_chunks, _RUN_CHUNKS)]  # fmt: skip
         self._decode_runs(runs, lambda a, b: (target, self.head.layout(a, b)))
+        self._check_order()
         return out
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -342,6 +354,7 @@ class CodedTensor:
             sizes = self.head.layout(a, b).sizes
             starts = np.arange(b - a, dtype=np.int64) * (CHUNK * self.dtype.itemsize)
             self._decode_run(a, b, np.empty(span, np.uint8), Layout(starts, sizes, CHUNK, 0))
+        self._check_order()
 
     def _decode_runs(self, runs: list[tuple[int, int]], place: Any) -> None:
         def one(run: tuple[int, int]) -> None:

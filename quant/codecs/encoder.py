@@ -119,14 +119,14 @@ class Encoder:
         index_bytes = index.astype("<u8").tobytes()
         freq = pack_freq(self._freq[list(self._head.coded)])
         yield "words", self._all_words()
-        yield "state", [_tensor(np.concatenate(self._small["state"]).astype("<u4").tobytes())]
+        state = np.concatenate(self._small["state"]).astype("<u4").tobytes()
+        crc = np.concatenate(self._small["crc"]).astype("<u4").tobytes()
+        yield "state", [_tensor(state)]
         yield "index", [_tensor(index_bytes)]
-        yield "crc", [_tensor(np.concatenate(self._small["crc"]).astype("<u4").tobytes())]
+        yield "crc", [_tensor(crc)]
         yield "freq", [_tensor(freq)]
-        head = Head(
-            self.dtype, self.shape, self._head.tiled, self._head.coded,
-            google_crc32c.value(freq), google_crc32c.value(index_bytes),
-        )  # fmt: skip
+        sums = (google_crc32c.value(plane) for plane in (freq, index_bytes, state, crc))
+        head = Head(self.dtype, self.shape, self._head.tiled, self._head.coded, *sums)
         yield "head", [_tensor(head.to_bytes())]
 
     def _encode_group(self, data: Bytes) -> Iterator[torch.Tensor]:
@@ -149,7 +149,10 @@ class Encoder:
         self._small["state"].append(group.state)
         self._small["index"].append(group.index[:-1] + np.uint64(self._n_words))
         self._small["crc"].append(group.crc)
-        self._words.append(group.words)
+        words, base = group.words, group.words.base
+        if base is not None and base.nbytes > words.nbytes + words.nbytes // 4:
+            words = words.copy()  # a view of room for the worst case
+        self._words.append(words)
         self._n_words += group.words.size
         self._n_held += group.words.size
         if self._n_held > WORDS_BYTES:

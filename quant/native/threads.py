@@ -5,7 +5,7 @@ As many as torch uses, so that one setting (`torch.set_num_threads`, OMP_NUM_THR
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
@@ -17,12 +17,20 @@ Result = TypeVar("Result")
 
 
 def over_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`work` of each item, in order. An exception is raised where its result would have come."""
-    n_threads = min(torch.get_num_threads(), len(items))
-    if n_threads < 2:
+    """`work` of each item, in order. An exception is raised where its result would have come, once
+    nothing runs any more: whoever owns the memory that items write to may use it again then."""
+    n_threads = torch.get_num_threads()
+    if n_threads < 2 or len(items) < 2:
         yield from map(work, items)
         return
-    yield from _pool(n_threads, os.getpid()).map(work, items)
+    running = [_pool(n_threads, os.getpid()).submit(work, item) for item in items]
+    try:
+        for future in running:
+            yield future.result()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)
 
 
 @cache

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import replace
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -152,16 +153,62 @@ GOLDEN = {
     "index": "750bcc68b343e45b",
     "crc": "5df908ca3bb9b4b4",
     "freq": "a6b8be904f33ec1b",
-    "head": "4f27a4ed3cec5268",
+    "head": "0fc670aa1e5511dc",
 }
 
 
 def test_head_bytes():
-    head = replace(head_of(torch.bfloat16, (3, 5), (True, False)), freq_crc=0x01020304, index_crc=5)
+    sums = {"freq_crc": 0x01020304, "index_crc": 5, "state_crc": 6, "crc_crc": 7}
+    head = replace(head_of(torch.bfloat16, (3, 5), (True, False)), **sums)
     body = bytes.fromhex("6662726e 01 01 00 02 0b 01 0000 00400000 04030201 05000000"
-                         "0300000000000000 0500000000000000")  # fmt: skip
+                         "06000000 07000000 0300000000000000 0500000000000000")  # fmt: skip
     assert head.to_bytes()[:-4] == body
     assert parse_head("t", head.to_bytes()) == head
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"tiled": False},
+        {"shape": (256, 64)},
+        {"shape": (2**64 - 1, 0, 64)},
+        {"shape": (2**40, 2**40)},
+        {"coded": (False, False)},
+        {"dtype": torch.float32, "coded": (True, False)},
+    ],
+    ids=str,
+)
+def test_a_head_that_lies_with_a_sound_checksum(lie):
+    """Its order follows from its shape; other lies show when planes do not fit."""
+    found = coded(gaussian(64, 256))
+    lying = replace(found.head, **lie).to_bytes()
+    planes = {**found.planes, "head": torch.tensor(list(lying), dtype=torch.uint8)}
+    with pytest.raises(CheckpointError, match=r"^w: "):
+        CodedTensor.open("w", planes).decode()
+
+
+def test_heads_do_not_share_a_checksum():
+    """What a manifest says of a head (CRC32C of its bytes) must depend on the head."""
+    shapes = [(64, 256), (128, 256), (64, 512), (100,)]
+    heads = [head_of(torch.bfloat16, shape, (True, False)).to_bytes() for shape in shapes]
+    assert len({google_crc32c.value(head) for head in heads}) == len(heads)
+
+
+def test_exchanged_chunks_are_found():
+    """Chunks of one exponent each have no words, and checksums that move with them."""
+    first = frozen_tensor()[:, :256].view(torch.int16) & ~0x7F80
+    one = (first | 120 << 7).view(torch.bfloat16)
+    two = (first ^ 1 | 121 << 7).view(torch.bfloat16)
+    found = coded(torch.cat([one, two], 1))
+    planes = {name: plane.clone() for name, plane in found.planes.items()}
+    for plane in ("raw", "state", "crc"):
+        a, b = planes[plane].chunk(2)
+        planes[plane] = torch.cat([b, a])
+    exchanged = CodedTensor.open("w", planes)
+    with pytest.raises(CheckpointError, match=r"^w: the checksum of plane state differs"):
+        exchanged.decode()
+    with pytest.raises(CheckpointError, match=r"^w: the checksum of plane state differs"):
+        exchanged.verify()
 
 
 def test_a_newer_version_is_refused_by_name():
@@ -171,10 +218,10 @@ def test_a_newer_version_is_refused_by_name():
         parse_head("w", bytes(data))
 
 
-@pytest.mark.parametrize("byte", range(40 + 4))
+@pytest.mark.parametrize("byte", range(48 + 4))
 def test_every_byte_of_a_head_is_checked(byte):
     data = bytearray(head_of(torch.bfloat16, (64, 256), (True, False)).to_bytes())
-    assert len(data) == 44
+    assert len(data) == 52
     data[byte] ^= 1
     with pytest.raises(CheckpointError, match=r"^w: "):
         parse_head("w", bytes(data))

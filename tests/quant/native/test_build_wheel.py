@@ -3,7 +3,7 @@
 import base64
 import csv
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,7 +21,10 @@ from fewbit.quant.native import compiler
 from fewbit.quant.native.build_wheel import build_wheel, repacked, tag
 
 NATIVE = Path("fewbit/quant/native")
-MISSING = [name for name in ("pip", "setuptools") if importlib.util.find_spec(name) is None]
+# Not find_spec: looking for pip makes setuptools hand out the standard library's distutils from then
+# on, in this process, and torch's compiler asserts that it is setuptools' own.
+INSTALLED = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+MISSING = [name for name in ("pip", "setuptools") if name not in INSTALLED]
 
 # What an installed fewbit says of itself: engine, where it and its library come from, a round trip.
 PROBE = """

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -30,6 +31,22 @@ def test_results_come_in_order_from_several_threads(n_threads):
     assert list(over_threads(work, items)) == [item * item for item in items]
     assert len(seen) == n_threads
     assert (seen == {threading.get_ident()}) == (n_threads == 1)
+
+
+def test_nothing_runs_on_behind_an_error(n_threads):
+    ended = []
+
+    def work(item):
+        if item == 0:
+            raise ValueError("first")
+        time.sleep(0.05)
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="first"):
+        list(over_threads(work, range(6)))
+    before = list(ended)
+    time.sleep(0.2)
+    assert ended == before
 
 
 def test_errors_are_raised(n_threads):
