@@ -9,19 +9,20 @@
               ^ shared words are merged, so slabs may be coded in any order
 
 Three readings of a file that lies in the system's cache cost less than fresh memory for one copy of the
-unit. Slabs are taken by as many threads as there are processors, each reading its own.
+unit. Slabs are taken by as many threads as torch uses, each reading its own.
 
 Not here: which weights make a unit and where slabs come from (`to_dfloat11.py`), the streams themselves
 (`dfloat11_native.py`, `dfloat11_numpy.py`), decoding (`dfloat11.py`).
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
+from ..quant.errors import CheckpointError, FormatError
 from .dfloat11_code import Bytes, Code, Shorts, Unfit, make_code
 from .dfloat11_numpy import (
     BLOCK_BITS,
@@ -102,9 +103,11 @@ class UnitEncoder:
         yield from (in_threads if self._using.encodes_together else map)(one, self._slabs)
 
     def parts(self) -> dict[str, Any]:
-        """encoded_exponent, output_positions, gaps, luts as uint8: what `encode` made."""
+        """encoded_exponent, output_positions, gaps, luts as uint8: what `encode` made. FormatError
+        before it was run."""
         target, n_bytes = self._target, -(-self._n_bits // 8)
-        assert target is not None, "encode() was not run"
+        if target is None:
+            raise FormatError("a DFloat11 unit has no parts yet; run encode() to its end first")
         encoded = target.words.view(np.uint8)[:n_bytes]
         window = self._last_window
         if self._n_bits % 8:  # filled once: parts() may be called again
@@ -122,18 +125,30 @@ class UnitEncoder:
         }
 
     def compare(self, stream: Stream, decode: Callable[[Stream, int, int], Shorts]) -> None:
-        """Reading 3. decode: elements [start, stop) of `stream`. AssertionError if a bit differs."""
+        """Reading 3. decode: elements [start, stop) of `stream`. CheckpointError if a bit differs,
+        with the first slab in which one does."""
 
         def one(index: int) -> bool:
             slab, first = self._fetch(index), self._firsts[index]
             return np.array_equal(decode(stream, first, first + len(slab)), slab)
 
-        assert all(in_threads(one, self._slabs)), "decoding did not give the same bits"
+        for index, same in zip(self._slabs, in_threads(one, self._slabs), strict=True):
+            if not same:
+                first, last = self._firsts[index], self._firsts[index + 1] - 1
+                raise CheckpointError(
+                    f"decoding did not give the same bits for the unit's elements {first} to {last}; "
+                    f"the source changed meanwhile, or memory or disk is faulty: export again"
+                )
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """`work` for each item, results in order, on as many threads as there are processors."""
-    n_workers = min(len(items), len(os.sched_getaffinity(0)))
+    """`work` for each item, results in order, on as many threads as torch uses. Nothing runs any more
+    once an exception comes out.
+
+    The threads are its own, unlike those of `over_threads`, which `work` may use in turn (a slab of a
+    coded source, or `decode_range`): waiting for each other in one pool, they would wait for ever.
+    """
+    n_workers = min(len(items), torch.get_num_threads())
     if n_workers <= 1:
         yield from map(work, items)
         return

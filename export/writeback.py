@@ -12,6 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 STEP_BYTES = 32 << 20
 
 
+def _sync(file_descriptor: int) -> None:
+    """Its data to the disk, and all its facts where a system has no fdatasync (macOS)."""
+    getattr(os, "fdatasync", os.fsync)(file_descriptor)
+
+
 class Writeback:
     """Background syncs of one file descriptor after another; one at a time."""
 
@@ -27,7 +32,7 @@ class Writeback:
             return
         self.settle()
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="fewbit-writeback")
-        self._running = self._pool.submit(os.fdatasync, file_descriptor)
+        self._running = self._pool.submit(_sync, file_descriptor)
 
     def settle(self) -> None:
         """Wait for the sync that runs; OSError if it failed."""

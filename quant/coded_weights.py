@@ -11,11 +11,13 @@ was measured to be faster, sums in another order.
 
 What cannot be held in the wanted way (norms, embeddings, tied weights, tensors that the library
 rearranges or casts; for fle also weights beside a bias) is decoded. Parameters that packed weights were
-decoded into come here, too.
+decoded into come here, too. Where nothing at all can be held in the wanted way, a warning says so, and
+the model is an ordinary one.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ from .codecs.coded import CodedTensor
 from .errors import CheckpointError
 from .format import dequantize
 from .linear import QuantLinear
+from .packed_module import stored_parts_stay
 from .placement import Placement, set_tied
 from .resident_slots import Coded
 from .verify import check_packed, packed_of
@@ -34,18 +37,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@dataclass(frozen=True)
+class Filled:
+    """kept: coded tensors by their parameters, which are on the meta device yet. resident: how weights
+    are really held; "decoded" where none could be held as was wanted."""
+
+    kept: dict[str, CodedTensor]
+    resident: str
+
+
 def fill_decoded(
     model: "PreTrainedModel",
     plan: Placement,
     tensors: DecodedTensors,
     wanted: Mapping[str, torch.dtype],
     resident: str,
-) -> dict[str, CodedTensor]:
+) -> Filled:
     """Give every parameter of `plan.decoded` its value, but for those that stay coded: these are
     returned, and are left on the meta device.
 
-    wanted: dtype of each parameter.
+    wanted: dtype of each parameter. RuntimeWarning: nothing could be held as `resident` says.
     """
+    n_fle = 0
     kept = dict(_staying(model, plan, tensors, wanted)) if resident == "coded" else {}
     for parameter, modules in plan.decoded.items():
         if parameter in kept:
@@ -60,9 +73,28 @@ def fill_decoded(
                 stacklevel=2,
             )
         value = _value(model, plan, tensors, parameter, wanted[parameter])
-        if not (resident.startswith("fle") and _hold_as_fle(model, parameter, value, resident)):
+        if resident.startswith("fle") and _hold_as_fle(model, parameter, value, resident):
+            n_fle += 1
+        else:
             set_tied(model, parameter, value)
-    return kept
+    if resident != "decoded" and not kept and not n_fle:
+        _warn_none_held(resident, len(plan.decoded), sorted({str(d) for d in wanted.values()}))
+        resident = "decoded"
+    return Filled(kept, resident)
+
+
+def _warn_none_held(resident: str, n_decoded: int, dtypes: Sequence[str]) -> None:
+    wants = {
+        "coded": "a coded tensor of a block, not tied, in the dtype that it is stored in",
+        "fle": "a bfloat16 weight of a linear layer without bias, not tied, stored coded",
+    }["coded" if resident == "coded" else "fle"]
+    warnings.warn(
+        f"resident={resident!r}: 0 weights are held so, {n_decoded} are decoded instead; it takes "
+        f"{wants}, and this model is of {', '.join(dtypes)}; load it with "
+        f"resident='decoded', which gives the same without this warning",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _value(
@@ -147,11 +179,13 @@ def _hold_as_fle(
 def keep(model: nn.Module, kept: Mapping[str, CodedTensor], device: torch.device) -> None:
     """Let the parameters of `kept` live coded on `device`; `model.coded_weights` is the handle.
 
-    All that is not on the meta device is moved there first. CheckpointError: no decoder there.
+    All that is not on the meta device is moved there first, but for stored parts of packed weights:
+    kernels derive layouts from them there. (Not yet run on a GPU.) CheckpointError: no decoder there.
     """
     from .resident import keep_coded
 
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    with stored_parts_stay():
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     model.requires_grad_(False)  # a graph would keep the blocks that it ran through
     coded: Mapping[str, Coded] = kept
     if device.type != "cpu":

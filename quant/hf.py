@@ -197,7 +197,7 @@ class FewbitQuantizer(HfQuantizer):
         _fill_holders(model, self._plan, tensors)
         wanted = _wanted_dtypes(model, self._dtypes)
         resident = self._stored.resident
-        kept = fill_decoded(model, self._plan, tensors, wanted, resident)
+        filled = fill_decoded(model, self._plan, tensors, wanted, resident)
         _restore_dtypes(model, wanted)
         _keep_names(model, self._plan)
         self._stored = self._plan = None
@@ -205,9 +205,10 @@ class FewbitQuantizer(HfQuantizer):
             fuse(group)
         if "kv" in self.quantization_config.__dict__:
             install(model, parse_kv(self.quantization_config.kv, "kv"))
-        if kept:
-            keep(model, kept, _TARGET.get() or _device_of(model))
-        self._resident = resident
+        if filled.kept:
+            keep(model, filled.kept, _TARGET.get() or _device_of(model))
+        self._resident = filled.resident
+        self.quantization_config.__dict__.pop("resident", None)  # no tensor is saved coded
         return model
 
     def get_state_dict_and_metadata(

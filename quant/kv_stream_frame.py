@@ -162,6 +162,12 @@ def read_header(read: Read) -> Header:
         ((numbers[i], numbers[i + 1]), (numbers[i + 2], numbers[i + 3]))
         for i in range(0, len(numbers), 4)
     )
+    try:
+        policy = text.decode()
+    except UnicodeDecodeError as error:
+        raise StreamError(
+            f"{where}: the policy is no UTF-8 at byte {error.start} (damaged?)"
+        ) from error
     if code >= len(DTYPES) or packed != (length > 0) or max(stored, tail) > tokens:
         raise StreamError(f"{where}: dtype {code}, packed {packed}, {stored} stored: impossible")
     for layer, sides in enumerate(shapes):
@@ -171,9 +177,7 @@ def read_header(read: Read) -> Header:
                     f"{where}: layer {layer} {name}: {heads} heads of {head_dim}, must be 1 to "
                     f"{_MOST_CHANNELS} channels (damaged?)"
                 )
-    return Header(
-        DTYPES[code], rows, tokens, chunk, shapes, tables, text.decode(), stored, tail
-    )  # fmt: skip
+    return Header(DTYPES[code], rows, tokens, chunk, shapes, tables, policy, stored, tail)
 
 
 def frame_bytes(header_crc: int, index: int, level: int, pieces: Sequence[bytes]) -> bytes:

@@ -10,7 +10,8 @@ the token before, each in 1024ths. In whole numbers, from codes alone, the same 
 
 The first token of a chunk has the mean for a guess, so that chunks stay independent. Where no
 channel's r differs from zero, all tokens are decoded at once; else decoding goes token by token, all
-channels at once, through a table of what follows: 8 · channels · (2C + 1)² bytes, made once.
+channels at once, through a table of guesses: 8 · channels · (2C + 1) bytes, made anew for each piece
+and kept by nobody.
 
 `residuals` and `restore` are the reference in numpy; `to_runs` and `from_runs`, which also bring
 channels into the order of coding, do the same in C (quant/native/kv_stream.c) where it is to be had.
@@ -18,11 +19,13 @@ channels into the order of coding, do the same in C (quant/native/kv_stream.c) w
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
+from .errors import FormatError
 from .kv_stream_codes import centre, n_symbols
 from .native import compiler
 
@@ -36,7 +39,6 @@ class Predictor:
 
     mean: np.ndarray
     correlation: np.ndarray
-    _next: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def follows(self) -> bool:
@@ -47,15 +49,12 @@ class Predictor:
         """The same means, and no look at the token before."""
         return Predictor(self.mean, np.zeros_like(self.correlation))
 
-    def following(self, bins: int) -> np.ndarray:
-        """int64 [channels · n · n]: at (channel, last, symbol), n · the code, plus channel · n · n."""
-        if bins not in self._next:
-            c, n = centre(bins), n_symbols(bins)
-            last = np.arange(n, dtype=np.uint8)[:, None]
-            guess = _guess(last, self.mean.astype(np.int32) * c, self, c)  # [last, channels]
-            codes = _wrap(np.arange(n, dtype=np.int32) + guess.T[:, :, None], n)
-            self._next[bins] = (codes.astype(np.int64) * n + _bases(len(self.mean), n)).reshape(-1)
-        return self._next[bins]
+    def guesses(self, bins: int) -> np.ndarray:
+        """int64 [channels · n]: at (channel, last code), the guess less C, mod n."""
+        c, n = centre(bins), n_symbols(bins)
+        last = np.arange(n, dtype=np.uint8)[:, None]
+        guess = _guess(last, self.mean.astype(np.int32) * c, self, c)  # [last, channels]
+        return _wrap(guess.T, n).astype(np.int64).reshape(-1)
 
 
 def residuals(codes: np.ndarray, predictor: Predictor, bins: int) -> np.ndarray:
@@ -78,23 +77,18 @@ def restore(symbols: np.ndarray, predictor: Predictor, bins: int) -> np.ndarray:
     first = _rounded(mean, c)
     if not predictor.follows:
         return _wrap(symbols.astype(np.int32) + first, n)
-    rows, tokens, channels = symbols.shape
-    following = predictor.following(bins)
-    steps = np.ascontiguousarray(symbols.transpose(1, 0, 2), np.int64)
-    places = np.empty((tokens, rows, channels), np.int64)  # channel · n² + code · n
-    bases = _bases(channels, n)[:, 0, 0]
-    places[0] = _wrap(steps[0] + first, n) * np.int64(n) + bases
-    for token in range(1, tokens):
-        steps[token] += places[token - 1]
-        np.take(
-            following, steps[token], out=places[token], mode="clip"
-        )  # always inside: symbols < n
-    return ((places - bases) // n).astype(np.uint8).transpose(1, 0, 2)
-
-
-def _bases(channels: int, n: int) -> np.ndarray:
-    """int64 [channels, 1, 1]: where each channel's table begins."""
-    return np.arange(channels, dtype=np.int64)[:, None, None] * (n * n)
+    rows, _, channels = symbols.shape
+    guesses, wrapped = predictor.guesses(bins), np.arange(2 * n) % n
+    bases = np.arange(channels) * n  # where each channel's guesses begin
+    steps = np.ascontiguousarray(symbols.transpose(1, 0, 2), np.int64)  # become codes
+    steps[0] = _wrap(steps[0] + first, n)
+    place, guess = (np.empty((rows, channels), np.int64) for _ in range(2))
+    for last, step in pairwise(steps):
+        np.add(last, bases, out=place)
+        np.take(guesses, place, out=guess, mode="clip")  # always inside: codes < n
+        guess += step
+        np.take(wrapped, guess, out=step, mode="clip")  # always inside: symbols < n
+    return steps.astype(np.uint8).transpose(1, 0, 2)
 
 
 def _guess(last: np.ndarray, mean: np.ndarray, predictor: Predictor, c: int) -> np.ndarray:
@@ -161,6 +155,32 @@ class _Run(ctypes.Structure):
     ]  # fmt: skip
 
 
+def _check(
+    codes: np.ndarray,
+    symbols: np.ndarray,
+    predictor: Predictor,
+    order: np.ndarray,
+    edges: np.ndarray,
+) -> None:
+    """All that C takes for granted: it writes where `order` and `edges` say."""
+    channels = codes.shape[2]
+    ours = (predictor.mean, predictor.correlation)
+    if not (codes.dtype == symbols.dtype == np.uint8 and symbols.size == codes.size
+            and symbols.flags.c_contiguous and order.dtype == np.uint32 and order.shape == (channels,)
+            and int(order.max(initial=0)) < max(channels, 1) and edges.size > 1 and edges[0] == 0
+            and edges[-1] == channels and bool((edges[1:] >= edges[:-1]).all())):  # fmt: skip
+        raise FormatError(
+            f"codes {codes.shape}, symbols {symbols.shape}: they do not fit the order {order.shape} of "
+            f"channels or its groups; use those of one profile"
+        )
+    if any(part.shape != (channels,) or part.min(initial=0) < -ONE or part.max(initial=0) > ONE
+           for part in ours):  # fmt: skip
+        raise FormatError(
+            f"means and correlations must be {channels} numbers from {-ONE} to {ONE}, got shapes "
+            f"{[part.shape for part in ours]}; read or make the profile again"
+        )
+
+
 def _call(
     library: ctypes.CDLL,
     function: str,
@@ -171,11 +191,9 @@ def _call(
     edges: np.ndarray,
     bins: int,
 ) -> None:
-    """Run one of the two C functions on arrays that belong together."""
+    """Run one of the two C functions on arrays that belong together; FormatError if they do not."""
+    _check(codes, symbols, predictor, order, edges)
     rows, tokens, channels = codes.shape
-    if not (symbols.size == codes.size and symbols.flags.c_contiguous and len(order) == channels
-            and order.dtype == np.uint32 and edges[0] == 0 and edges[-1] == channels):  # fmt: skip
-        raise ValueError(f"codes {codes.shape}, symbols {symbols.shape}: they do not fit the order")
     mean = (predictor.mean.astype(np.int32) * centre(bins))[order]
     kept = (order, mean, predictor.correlation.astype(np.int32)[order], edges.astype(np.int64))
     run = _Run(

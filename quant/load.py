@@ -4,8 +4,9 @@ The library's own `from_pretrained` builds the model, through the adapter in `hf
 ways give the same model to the last bit. What is added here happens before: everything that can be
 wrong with the files is found by us and named, so that the library only ever sees sound ones.
 
-On a GPU, stored parts stay in the mapped files, in no memory of this process; what the chosen kernels
-derive from them is all that the GPU holds. (Not yet run on a GPU.)
+On a GPU, stored parts stay in the mapped files, in no memory of this process, but for entropy-coded
+ones: these are decoded into host memory and stay there. What the chosen kernels derive from them is
+all that the GPU holds. (Not yet run on a GPU.)
 
 The dtype of the arithmetic is the configuration's unless `dtype` says otherwise; stored parts keep
 theirs.
@@ -19,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .device import resolve_device
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 from .hub import fetch
 from .kernel_summary import log_summary
 from .packed_module import stored_parts_stay
 from .recipe import check_resident
-from .stored import open_stored, read_config
+from .stored import StoredCheckpoint, open_stored, read_config
 from .verify import verify as verify_stored
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def load(
     says, else decoded, coded, fle4 or fle3.
 
     CheckpointError: not there, not one of fewbit's, unfinished, newer than this fewbit, or damaged.
-    RecipeError: no such device, or no such way to hold weights.
+    RecipeError: no such device, no such way to hold weights, or `resident` was given and no tensor of
+    the checkpoint is coded. RuntimeWarning: coded ones are there, but none can be held so.
     """
     target = resolve_device(device)
     folder = fetch(path_or_id)
@@ -55,6 +57,7 @@ def load(
     stored.refuse_foreign()
     if resident is not None:
         check_resident(resident)
+        _require_coded(stored, resident)
         stored = replace(stored, resident=resident)
     if verify:
         verify_stored(stored)
@@ -78,6 +81,16 @@ def load(
             model = model.to(target)
     log_summary(model)
     return model
+
+
+def _require_coded(stored: StoredCheckpoint, resident: str) -> None:
+    if resident == "decoded" or any(tensor.coded for tensor in stored.tensors.values()):
+        return
+    raise RecipeError(
+        f"resident={resident!r} holds entropy-coded weights, but none of {stored.folder} is coded: it "
+        f"has {len(stored.modules)} quantized weights and {len(stored.dense())} plain tensors; "
+        f"quantize again with lossless=true, or leave resident out"
+    )
 
 
 def _model_class(config: Mapping[str, Any]) -> Any:

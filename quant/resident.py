@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import FewbitError, FormatError, nearest_name
-from .resident_slots import Coded, Counts, Slot, Slots, undecodable
+from .resident_slots import Coded, Counts, Slot, Slots, renewed_after_fork, undecodable
 
 Owner = tuple[nn.Module, str]  # a module and the name of a parameter there
 _DECODING = (FewbitError, ValueError, RuntimeError, OSError)  # what decoders raise
@@ -141,6 +141,7 @@ class Residence:
         self._kinds = {(item.coded.dtype, item.device) for item in items}
         self.coded_bytes = sum(item.coded.n_bytes for block in self._blocks for item in block.items)
         self.plain_bytes = sum(value.nbytes for value in plain)
+        renewed_after_fork(self)
 
     # ---- facts ------------------------------------------------------------------------------
 
@@ -182,6 +183,16 @@ class Residence:
         self._blocks, self._slots, self._undo, self._outside = [], [], [], []
         self.plain_bytes += sum(value.nbytes for _, value in pairs)
         self.coded_bytes = 0
+
+    def after_fork(self) -> None:
+        """In a child, where the runs of other threads have no end: blocks that only they ran do not."""
+        self._lock = threading.Lock()
+        entered = {block for block, _ in self._stack()}
+        for block in self._blocks:
+            block.runs = int(block in entered)
+            if block not in entered:
+                block.slot = None
+                block.put(block.placeholders)
 
     def __deepcopy__(self, memo: Any) -> "Residence":
         raise FormatError("a model with coded weights cannot be copied; call release() first")

@@ -15,9 +15,13 @@ Decoding runs in worker threads, which native decoders let run beside the interp
 launch on a stream of their own: events keep them from overwriting what kernels still read, and kernels
 from reading what is not there yet. (Not yet run on a GPU.)
 
+A process that was forked has none of its parent's threads: what they were decoding, what they read and
+the locks that they held are forgotten there (`renewed_after_fork`), and blocks are decoded anew.
+
 A failure is kept until somebody enters that block. Deliberately not here: modules and parameters.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +29,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -57,6 +62,31 @@ class Coded(Protocol):
     def decode_into(self, out: torch.Tensor) -> object:
         """Fill `out`; what is returned does not matter."""
         ...
+
+
+class Renewed(Protocol):
+    """What holds locks, threads, or results of threads."""
+
+    def after_fork(self) -> None:
+        """In a child, before anything else runs there: let go of all that other threads had."""
+        ...
+
+
+_RENEWED: WeakSet[Renewed] = WeakSet()
+
+
+def renewed_after_fork(item: Renewed) -> None:
+    """Call `item.after_fork` in every process that is forked while it lives."""
+    _RENEWED.add(item)
+
+
+def _renew() -> None:
+    for item in list(_RENEWED):
+        item.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # where processes can be forked
+    os.register_at_fork(after_in_child=_renew)
 
 
 @dataclass
@@ -131,11 +161,28 @@ class Slots:
         self.device = device
         self.counts = Counts()
         self.size = max(sum(span(coded) for _, coded in named) for named in blocks)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._slots: list[Slot] = []
+        self._begin()
+        self._complete()
+        renewed_after_fork(self)
+
+    def _begin(self) -> None:
         self._lock = Lock()
         # A block that was not foreseen is not to wait for one that was foreseen wrongly.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="fewbit-decode")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._slots = [self._new_slot(own=True) for _ in range(min(2, len(blocks)))]
+
+    def after_fork(self) -> None:
+        """See `Renewed`. A buffer in use is left to its runs, of which one may be the run that forked
+        and has its weights; in the others nothing counts as decoded."""
+        self._begin()
+        self._slots, inherited = [slot for slot in self._slots if not slot.users], self._slots
+        for slot in inherited:  # not even asked, for the lock of a future may be held
+            if slot.users:
+                slot.own, slot.load = False, Future()
+                slot.load.set_result(None)
+            else:
+                slot.block, slot.load, slot.fresh = None, None, False
 
     @property
     def n_bytes(self) -> int:
@@ -201,6 +248,7 @@ class Slots:
             held.fresh = False
             return held
         self.counts.late += 1
+        self._complete()
         after = (block + 1) % len(self.blocks)
         idle = [slot for slot in self._slots if slot.own and slot.idle and not private]
         slot = min(idle, key=lambda slot: slot.block == after, default=None)
@@ -209,6 +257,11 @@ class Slots:
             self._slots.append(slot)
         self._start(slot, block)
         return slot
+
+    def _complete(self) -> None:
+        """Let there be as many buffers of our own as there should be."""
+        missing = min(2, len(self.blocks)) - sum(slot.own for slot in self._slots)
+        self._slots += [self._new_slot(own=True) for _ in range(missing)]
 
     def _foresee(self, block: int) -> None:
         if any(slot.own and slot.block == block for slot in self._slots):

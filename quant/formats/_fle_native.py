@@ -4,7 +4,8 @@ What they write is what the torch form in `fle.py` writes, byte for byte. Rows a
 64, and the bands over as many threads as torch uses; Python's lock is not held meanwhile.
 
 The struct mirrors that of fle.c. Callers see to dtypes and shapes, and that tensors are contiguous; the
-C code distrusts what is in them. Deliberately not here: windows, errors, and what a byte means.
+C code distrusts what is in them when it decodes. When it encodes, it fills lists whose room `encode`
+checks first. Deliberately not here: windows, what is wrong with parts, and what a byte means.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from ..errors import FormatError
 from ..native import compiler
 from ..native.threads import over_threads, runs_of
 from ._fle_codes import TILE
@@ -55,13 +57,22 @@ def _count(words: torch.Tensor) -> torch.Tensor:
 
 
 def encode(words: torch.Tensor, parts: Mapping[str, torch.Tensor], bits: int) -> None:
-    """Fill sign_mantissa, codes, offset and the lists for int16 words [N, K]; window is there, and the
-    lists have room for as many escapes as there are."""
+    """Fill sign_mantissa, codes, offset and the lists for int16 words [N, K]; window is there.
+
+    FormatError, and the lists untouched, unless they have room for exactly the escapes that there are.
+    """
     matrix = _matrix(words, parts, bits)
     parts["offset"][0] = 0
     _over_bands(_library().fewbit_fle_encode, matrix)
     parts["offset"].copy_(parts["offset"].cumsum(0))
-    assert int(parts["offset"][-1]) == matrix.escapes, "the counts are of other words"
+    found, rooms = int(parts["offset"][-1]), {matrix.escapes}
+    if bits == 4:
+        rooms.add(parts["position"].numel())
+    if rooms != {found}:
+        raise FormatError(
+            f"the lists have room for {sorted(rooms)} escapes, the words have {found} outside of the "
+            f"window; count the words that are encoded, and do not change them meanwhile"
+        )
     _over_bands(_library().fewbit_fle_list, matrix)
 
 

@@ -1,5 +1,7 @@
 """The C engine against numpy: the same bytes, the same refusals, nothing else touched."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from dfloat11_oracle import normal, weights
@@ -8,6 +10,7 @@ from fewbit.export.dfloat11 import encode_unit, open_unit
 from fewbit.export.dfloat11_code import make_code
 from fewbit.export.dfloat11_native import native
 from fewbit.export.dfloat11_numpy import NUMPY, Slice, Target
+from fewbit.quant.errors import FormatError
 from fewbit.quant.native.compiler import why_not
 
 NATIVE = native()
@@ -60,5 +63,28 @@ def test_a_block_of_one_bit_codes_fills_its_buffer():
 
 
 def test_arrays_must_be_contiguous():
-    with pytest.raises(AssertionError, match="a contiguous array is needed, strides are"):
+    with pytest.raises(FormatError, match=r"a contiguous array of uint16 .* strides \(4,\)"):
         NATIVE.count(np.zeros(8, np.uint16)[::2])
+    with pytest.raises(FormatError, match=r"a contiguous array of uint16 .* this one is int8"):
+        NATIVE.count(np.zeros(8, np.int8))
+
+
+def test_sizes_are_those_of_the_stream():
+    """Whatever C would read or write behind an array's end."""
+    values = normal(60_000)
+    stream = open_unit(encode_unit([values]), "x")
+    n, n_blocks = len(values), len(stream.positions) - 1
+    out = np.empty(n, np.uint16)
+    for changed in (
+        {"encoded": stream.encoded[:4096]},
+        {"gaps": stream.gaps[:-1]},
+        {"positions": stream.positions[::-1].copy()},
+        {"sign_mantissa": stream.sign_mantissa[:-1]},
+    ):
+        with pytest.raises(FormatError, match=r"are needed|do not ascend"):
+            NATIVE.decode(replace(stream, **changed), 0, n_blocks, out)
+    for begin, end in ((-1, 1), (0, n_blocks + 1), (1, 1)):
+        with pytest.raises(FormatError, match=f"blocks {begin} to {end} were asked for"):
+            NATIVE.decode(stream, begin, end, out)
+    with pytest.raises(FormatError, match="decoded elements has 59999 entries, 60000 are needed"):
+        NATIVE.decode(stream, 0, n_blocks, out[:-1])

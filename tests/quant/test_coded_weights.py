@@ -1,5 +1,8 @@
 """Ways to hold entropy-coded weights: the same bits in all, memory where it is promised."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -9,6 +12,7 @@ from fewbit.quant import coded_weights, hf
 from fewbit.quant.codecs.coded import CodedTensor
 from fewbit.quant.errors import CheckpointError, RecipeError
 from fewbit.quant.evaluate import evaluate
+from fewbit.quant.formats.int_group import IntGroupOptions
 from fewbit.quant.linear import QuantLinear
 from fewbit.quant.load import load
 from fewbit.quant.pipeline import quantize
@@ -139,10 +143,52 @@ def test_quantized_weights_beside_coded_ones(tmp_path):
         assert torch.equal(kept(TOKENS).logits, plain(TOKENS).logits)
 
 
-def test_another_dtype_decodes(coded):
-    model = load(coded, device="cpu", dtype=torch.float32, resident="coded")
+@pytest.mark.parametrize("resident", ["coded", "fle4"])
+def test_another_dtype_decodes_says_so_and_can_be_saved(coded, resident, tmp_path):
+    with pytest.warns(RuntimeWarning, match=rf"'{resident}': 0 weights .* 44 are .*float32"):
+        model = load(coded, device="cpu", dtype=torch.float32, resident=resident)
+    model.save_pretrained(tmp_path / "saved")
+    found = load(tmp_path / "saved", device="cpu").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     assert not model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+@pytest.mark.parametrize("resident", ["coded", "fle4", "fle3"])
+def test_nothing_coded_is_refused(resident, tmp_path):
+    save("llama", tmp_path / "src", torch.bfloat16)
+    quantize(tmp_path / "src", tmp_path / "out", recipe="w8a16")
+    with pytest.raises(
+        RecipeError, match=rf"'{resident}' .*none of .*out is coded: it has 1\d quantized weights and "
+        r"\d+ plain tensors; quantize again with lossless=true, or leave resident out"
+    ):  # fmt: skip
+        load(tmp_path / "out", device="cpu", resident=resident)
+    load(tmp_path / "out", device="cpu", resident="decoded")
+
+
+def test_a_checkpoint_that_asks_for_more_than_can_be_is_decoded_and_saved(tmp_path):
+    """fle needs bfloat16. What is saved holds nothing coded, and asks for nothing."""
+    save("llama", tmp_path / "src", torch.float16)
+    quantize(tmp_path / "src", tmp_path / "out", recipe="lossless", settings=["resident=fle4"])
+    for way in (partial(load, device="cpu"), transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.warns(RuntimeWarning, match=r"'fle4': 0 weights are held so, \d+ are decoded"):
+            model = way(tmp_path / "out")
+    model.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = load(tmp_path / "saved", device="cpu").state_dict()
+    assert open_stored(tmp_path / "saved").resident == "decoded"
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_stored_parts_stay_where_they_are_when_the_rest_is_moved():
+    """On a GPU kernels have layouts of their own; the meta device stands for one."""
+    terms = [("int_group", IntGroupOptions(4, 32))]
+    layer = QuantLinear((8, 32), terms, True, torch.float32, "cpu")
+    model = torch.nn.Sequential(layer, torch.nn.Linear(8, 8))
+    coded_weights.keep(model, {}, torch.device("meta"))
+    assert model[1].weight.is_meta and layer.bias.is_meta and layer.device.type == "meta"
+    assert not any(tensor.is_meta for _, _, tensor in layer._parts())
 
 
 def test_perplexity_is_unchanged(tmp_path, coded):

@@ -92,6 +92,14 @@ def test_a_length_that_lies_reads_no_more_than_there_is() -> None:
         read(bytes(data))
 
 
+@pytest.mark.parametrize("text", [b"\xff{}", b"{}\xc3", b"\xed\xa0\x80"])
+def test_a_policy_that_is_no_text_is_refused(text: bytes) -> None:
+    data = replace(HEADER, policy="x" * len(text)).to_bytes()
+    data = data[: -4 - len(text)] + text + data[-4:]
+    with pytest.raises(StreamError, match=r"KV stream header: the policy is no UTF-8 at byte [02]"):
+        read(resealed(data))
+
+
 def pieces(n: int = 4) -> list[bytes]:
     return [bytes([i]) * (10 + i) for i in range(n)]
 

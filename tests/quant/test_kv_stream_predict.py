@@ -1,5 +1,6 @@
 """Symbols from codes and back: every code, every guess, against a slow oracle in whole numbers."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fewbit.quant.errors import FormatError
 from fewbit.quant.kv_stream_codes import BINS, centre, n_symbols
 from fewbit.quant.kv_stream_predict import (
     ONE,
@@ -74,6 +76,20 @@ def test_any_symbols_restore_to_codes_that_exist(bins: int) -> None:
     assert np.array_equal(residuals(codes, predictor, bins), symbols)
 
 
+def test_restoring_takes_memory_of_a_piece_and_keeps_none() -> None:
+    """A table of what follows would take 8 · 961 bytes a channel, and was once kept for ever."""
+    codes, predictor = random_case(5, 32, (1, 4, 1024))
+    symbols = residuals(codes, predictor, 32)
+    tracemalloc.start()
+    try:
+        found = restore(symbols, predictor, 32)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(found, codes)
+    assert kept < 3 * codes.size and peak < 1.5e6, (kept, peak)
+
+
 def test_a_right_guess_is_the_centre() -> None:
     codes = np.full((1, 10, 3), 12, np.uint8)
     constant = Predictor(np.zeros(3, np.int16), np.full(3, ONE, np.int16))
@@ -125,5 +141,23 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
     codes, predictor, order, ends = runs_case(0, 16, (1, 4, 10), [0, 10])
     symbols = to_runs(codes, predictor, order, ends, 16)
     for shape, edges in (((1, 5, 10), ends), ((1, 4, 10), ends[:1])):
-        with pytest.raises(ValueError, match="do not fit the order"):
+        with pytest.raises(FormatError, match="do not fit the order"):
             from_runs(symbols, shape, predictor, order, edges, 16)
+
+
+def test_places_that_are_outside_are_refused() -> None:
+    """C would write there."""
+    if compiler.library() is None:
+        pytest.skip(str(compiler.why_not()))
+    codes, predictor, order, ends = runs_case(0, 16, (1, 4, 10), [0, 4, 10])
+    symbols = to_runs(codes, predictor, order, ends, 16)
+    outside = order.copy()
+    outside[3] = 10
+    for wrong, edges in ((outside, ends), (order, np.array([0, 11, 10])), (order, ends * 0)):
+        with pytest.raises(FormatError, match="do not fit the order"):
+            from_runs(symbols, (1, 4, 10), predictor, wrong, edges, 16)
+    for value in (ONE + 1, -ONE - 1):
+        steep = Predictor(predictor.mean, predictor.correlation.copy())
+        steep.correlation[9] = value
+        with pytest.raises(FormatError, match="10 numbers from -1024 to 1024"):
+            from_runs(symbols, (1, 4, 10), steep, order, ends, 16)

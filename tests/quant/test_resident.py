@@ -24,6 +24,7 @@ from transformers import (
 from fewbit.quant import resident
 from fewbit.quant.errors import FormatError
 from fewbit.quant.resident import Residence, keep_coded
+from forking import true_in_a_fork
 
 
 @dataclass(eq=False)
@@ -488,3 +489,48 @@ def test_weights_of_several_blocks_are_decoded_once_and_stay() -> None:
     with torch.no_grad():
         assert torch.equal(model(torch.ones(1, 4)), plain(torch.ones(1, 4)))
     assert len(coded["layers.0.weight"].threads) == 1
+
+
+# ---- forks ----------------------------------------------------------------------------------
+
+
+def test_a_fork_computes_while_other_threads_of_its_parent_run_blocks() -> None:
+    """Block 2 is held by a thread, block 0 runs in the one that forks, and a lock is taken."""
+    model = Stack()
+    plain = copy.deepcopy(model)
+    _, residence = kept(model)
+    x, order = torch.ones(2, 4), (0, 2, 1, 3, 2)
+    inside, go_on = threading.Event(), threading.Event()
+    other = threading.Thread(target=model.layers[2], args=(x,))
+    answers = []
+
+    def stay(*_: object) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    held = model.layers[2].register_forward_pre_hook(stay)
+
+    def work() -> bool:
+        held.remove()
+        torch.set_num_threads(1)
+        if not model.layers[2].weight.is_meta or model.layers[0].weight.is_meta:
+            return False
+        again = torch.equal(model(x, order), plain(x, order))
+        residence.release()
+        return again and torch.equal(model(x, order), plain(x, order))
+
+    def fork(*_: object) -> None:
+        with residence._lock:
+            answers.append(true_in_a_fork(work))
+
+    with torch.no_grad():
+        other.start()
+        assert inside.wait(30)
+        forking = model.layers[0].register_forward_pre_hook(fork)
+        model.layers[0](x)
+        forking.remove()
+        go_on.set()
+        other.join()
+        held.remove()
+        assert torch.equal(model(x, order), plain(x, order))
+    assert answers == [True]

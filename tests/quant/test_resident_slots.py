@@ -9,6 +9,7 @@ import torch
 
 from fewbit.quant.errors import CheckpointError, FormatError
 from fewbit.quant.resident_slots import Counts, Slots, span, weights_of
+from forking import true_in_a_fork
 
 CPU = torch.device("cpu")
 
@@ -198,6 +199,59 @@ def test_threads_see_their_own_blocks() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and not slots.in_use and slots.n_bytes == 2 * 64
+    slots.close()
+
+
+def test_a_fork_decodes_with_workers_of_its_own() -> None:
+    _, slots = make(5)
+    assert [run(slots, block) for block in (0, 1, 2)] == [0, 1, 2]  # both workers live, and idle
+    settle(slots)
+    order = [3, 4, 0, 2, 2, 1]
+    assert true_in_a_fork(lambda: [run(slots, block) for block in order] == order)
+    assert [run(slots, block) for block in order] == order
+    slots.close()
+
+
+def test_a_fork_waits_for_nothing_that_its_parent_was_decoding_or_running() -> None:
+    weights, slots = make(4)
+    weights[1].gate.clear()
+    assert run(slots, 0) == 0
+    assert weights[1].started.wait(10)  # foreseen, and half decoded when the process forks
+    other = slots.enter(2)
+    slots.wait(other)
+
+    def work() -> bool:
+        weights[1].gate = threading.Event()
+        weights[1].gate.set()
+        assert not slots.in_use
+        found = [run(slots, block) for block in (1, 2, 3, 0, 1)]
+        settle(slots)
+        return found == [1, 2, 3, 0, 1] and slots.n_bytes == 2 * 64
+
+    with slots._lock:  # as if another thread was there
+        assert true_in_a_fork(work)
+    weights[1].gate.set()
+    slots.leave(other)
+    assert run(slots, 1) == 1 and weights[1].decoded == 1
+    slots.close()
+
+
+def test_a_run_that_forks_keeps_its_weights_and_can_be_joined() -> None:
+    _, slots = make(4)
+    slot = slots.enter(2)
+    (weight,) = slots.wait(slot)
+
+    def work() -> bool:
+        others = [run(slots, block) for block in (3, 0, 1, 2, 3)]
+        again = slots.enter(2, join=slot)
+        same = slots.wait(again)[0] is weight
+        slots.leave(again)
+        slots.leave(slot)
+        return others == [3, 0, 1, 2, 3] and same and float(weight.unique()) == 2
+
+    assert true_in_a_fork(work)
+    slots.leave(slot)
+    assert run(slots, 2) == 2
     slots.close()
 
 

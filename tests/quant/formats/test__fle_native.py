@@ -151,6 +151,19 @@ def test_without_native_code_the_bytes_are_the_same(bits: int) -> None:
     assert [served for served, _ in found] == ["True", "False"] and found[0][1] == found[1][1]
 
 
+@both
+def test_lists_of_other_words_are_not_filled(bits: int) -> None:
+    """C would write behind them: the words have more escapes than there is room for, or fewer."""
+    parts = escaping(bits)  # with room for one more than there are
+    before = parts["exponent"].clone()
+    weight = spread_weight(130, 100, 0.0)
+    weight[:40] = 2.0**60
+    for other in (weight, spread_weight(130, 100, 0.0)):
+        with pytest.raises(FormatError, match=r"room for \[\d+\] escapes, the words have \d+ "):
+            _fle_native.encode(words(other), parts, bits)
+        assert torch.equal(parts["exponent"], before)
+
+
 # ---- damage ---------------------------------------------------------------------------------
 
 

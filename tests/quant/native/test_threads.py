@@ -56,6 +56,15 @@ def test_errors_are_raised(n_threads):
         next(results)
 
 
+def test_work_may_use_threads_itself(n_threads):
+    def outer(item):
+        return sum(over_threads(lambda inner: inner * item, range(4)))
+
+    assert list(over_threads(outer, range(2 * n_threads + 2))) == [
+        6 * i for i in range(2 * n_threads + 2)
+    ]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_has_threads_of_its_own(n_threads):
     list(over_threads(abs, [1, 2, 3]))
