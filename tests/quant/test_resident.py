@@ -24,7 +24,7 @@ from transformers import (
 from fewbit.quant import resident
 from fewbit.quant.errors import FormatError
 from fewbit.quant.resident import Residence, keep_coded
-from forking import true_in_a_fork
+from forking import passed_in_a_fresh_process, true_in_a_fork
 
 
 @dataclass(eq=False)
@@ -496,6 +496,9 @@ def test_weights_of_several_blocks_are_decoded_once_and_stay() -> None:
 
 def test_a_fork_computes_while_other_threads_of_its_parent_run_blocks() -> None:
     """Block 2 is held by a thread, block 0 runs in the one that forks, and a lock is taken."""
+    name = "test_a_fork_computes_while_other_threads_of_its_parent_run_blocks"
+    if passed_in_a_fresh_process(__file__, name):
+        return
     model = Stack()
     plain = copy.deepcopy(model)
     _, residence = kept(model)
