@@ -301,6 +301,10 @@ def _progress(
     rows = [row for unit in writer.rows for row in unit]
     weights = sum(row["n_weights"] for row in rows)
     stored = sum(row["n_bytes"] for row in rows)
+    if writer.lossless and not rows:  # nothing is rounded: then of all that was stored so far
+        units = writer.units[: index + 1]
+        weights = sum(math.prod(spec.shape) for unit in units for spec in unit.tensors.values())
+        stored = sum(item.end - item.begin for unit in writer.finished for item in unit)
     errors = [(row["name"], row["output_error"] or row["relative_error"]) for row in rows]
     return Progress(
         unit=source.members[index][0],

@@ -54,6 +54,12 @@ def coded(tmp_path_factory):
     return out
 
 
+def test_progress_says_what_was_stored(tmp_path):
+    states = []
+    report = quantize(bundled_model(), tmp_path, recipe="lossless", progress=states.append)
+    assert states[-1].bits_per_weight == pytest.approx(report.bits_per_weight)
+
+
 def test_bits_per_weight_in_all(coded):
     found = quant.inspect(coded, verify=True)
     n = sum(np.prod(facts.shape) for facts in found.tensors.values())
