@@ -67,7 +67,7 @@ class Checkpoint:
         block = DEFAULT_BLOCK if as_stored else _check_encoding(folder, config)
         files = find_weights(folder)
         shards = tuple(read_header(path) for path in files.paths)
-        home = _homes(folder, shards)
+        home = homes(folder, shards)
         _check_weight_map(folder, files.weight_map, home)
         logical = _as_stored(home) if as_stored else _pair(folder, home, block)
         return cls(
@@ -223,8 +223,9 @@ def _pair(
 # --- which tensor is where ----------------------------------------------------------------------
 
 
-def _homes(folder: Path, shards: Iterable[Header]) -> dict[str, Header]:
-    """Stored name -> the header of its file, in file order."""
+def homes(folder: Path, shards: Iterable[Header]) -> dict[str, Header]:
+    """Stored name -> the header of its file, in file order. CheckpointError if two files hold a tensor,
+    or none does."""
     home: dict[str, Header] = {}
     for header in shards:
         for name in header.entries:

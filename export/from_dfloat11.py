@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from ..quant.errors import CheckpointError, nearest_name
+from .checkpoint import homes
 from .decode import TensorInfo
 from .dfloat11 import CODED, Stream, decode_range, open_unit
 from .safetensors_file import Header, brief, read_entry, read_header, row_range
@@ -86,7 +87,7 @@ class DFloat11Checkpoint:
         patterns = _patterns(folder, config.get("dfloat11_config"))
         paths = [path for path in list_files(folder) if path.suffix == ".safetensors"]
         headers = [read_header(path) for path in paths]
-        home = _homes(folder, headers)
+        home = homes(folder, headers)
         plain = {key: value for key, value in config.items() if key != "dfloat11_config"}
         _check_layers(folder, home, plain)
         tensors, weights = _dense_view(home, patterns, plain)
@@ -172,21 +173,6 @@ def _compiled(where: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: bad pattern {brief(pattern)}: {error}") from None
-
-
-def _homes(folder: Path, headers: Iterable[Header]) -> dict[str, Header]:
-    home: dict[str, Header] = {}
-    for header in headers:
-        for name in header.entries:
-            if name in home:
-                raise CheckpointError(
-                    f"tensor {brief(name)} is in {home[name].path} and in {header.path}; "
-                    f"keep one of them"
-                )
-            home[name] = header
-    if not home:
-        raise CheckpointError(f"{folder} holds no tensors in *.safetensors; download it again")
-    return home
 
 
 def _check_layers(folder: Path, home: Iterable[str], config: Mapping[str, Any]) -> None:

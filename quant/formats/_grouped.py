@@ -17,6 +17,7 @@ import torch
 
 from ..errors import FormatError
 from ..format import Parts, PartSpec
+from ._cuts import check_columns, cut_axis, cut_parts
 
 SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FP16_STEP = 2.0**-24  # distance of neighbouring fp16 numbers below 2^-14
@@ -99,17 +100,11 @@ class GroupedFormat(ABC, Generic[AnyOptions]):
         stop: int,
     ) -> Parts:
         """Parts of rows or experts [start, stop), or of columns that are whole groups."""
-        size, axis = shape[axis], axis % len(shape)
-        if not 0 <= start < stop <= size:
-            raise FormatError(f"{self.name}: cannot cut {start} to {stop} out of an axis of {size}")
+        axis = cut_axis(self.name, shape, axis, start, stop)
         if axis != len(shape) - 1:
-            index = (slice(None),) * axis + (slice(start, stop),)
-            return {name: part[index] for name, part in parts.items()}
+            return cut_parts(parts, axis, start, stop)
         step = unit(options)
-        if start % step or (stop % step and stop != size):
-            raise FormatError(
-                f"{self.name}: columns are cut at multiples of {step}, got {start} to {stop}"
-            )
+        check_columns(self.name, shape[-1], start, stop, step)
         stop = self.padded_k(stop, options)
         return {
             name: part[..., _stored_span(name, start, stop, options)]

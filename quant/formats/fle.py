@@ -48,6 +48,7 @@ from ..errors import FormatError, RecipeError
 from ..format import IntegerForm, Parts, PartSpec
 from ..packed import PackedTensor, Term
 from . import _fle_native
+from ._cuts import check_columns, cut_axis, cut_parts
 from ._fle_codes import TILE, bytes_of_codes, codes_of_bytes, escapes_of, tile_position, window_of
 
 _MOST_ESCAPES = 2**31 - 1
@@ -278,18 +279,12 @@ class Fle:
         stop: int,
     ) -> Parts:
         """Parts of any rows or experts [start, stop), or of columns between multiples of 64."""
-        size, axis = shape[axis], axis % len(shape)
-        if not 0 <= start < stop <= size:
-            raise FormatError(f"{self.name}: cannot cut {start} to {stop} out of an axis of {size}")
+        axis = cut_axis(self.name, shape, axis, start, stop)
         if axis < len(shape) - 2:
-            index = (slice(None),) * axis + (slice(start, stop),)
-            return {name: part[index] for name, part in parts.items()}
+            return cut_parts(parts, axis, start, stop)
         rows, columns = (start, stop), (0, self.padded_k(shape[-1], options))
         if axis == len(shape) - 1:
-            if start % TILE or (stop % TILE and stop != size):
-                raise FormatError(
-                    f"{self.name}: columns are cut at multiples of {TILE}, got {start} to {stop}"
-                )
+            check_columns(self.name, shape[-1], start, stop, TILE)
             rows, columns = (0, shape[-2]), (start, self.padded_k(stop, options))
         made = [self._cut(matrix, *rows, *columns) for matrix in _matrices(parts)]
         return _stacked(made, shape[:-2], options.escapes)

@@ -33,6 +33,7 @@ import torch
 
 from ..errors import FormatError
 from ..format import IntegerForm, Parts, PartSpec
+from ._cuts import check_columns, cut_axis, cut_parts
 
 PER_BYTE = 5
 TOP_BYTE = 3**PER_BYTE - 1
@@ -136,16 +137,10 @@ class Ternary:
         stop: int,
     ) -> Parts:
         """Parts of rows or experts [start, stop), or of columns that fill bytes."""
-        size, axis = shape[axis], axis % len(shape)
-        if not 0 <= start < stop <= size:
-            raise FormatError(f"ternary: cannot cut {start} to {stop} out of an axis of {size}")
+        axis = cut_axis(self.name, shape, axis, start, stop)
         if axis != len(shape) - 1:
-            index = (slice(None),) * axis + (slice(start, stop),)
-            return {name: part[index] for name, part in parts.items()}
-        if start % PER_BYTE or (stop % PER_BYTE and stop != size):
-            raise FormatError(
-                f"ternary: columns are cut at multiples of {PER_BYTE}, got {start} to {stop}"
-            )
+            return cut_parts(parts, axis, start, stop)
+        check_columns(self.name, shape[-1], start, stop, PER_BYTE)
         cut = slice(start // PER_BYTE, -(-stop // PER_BYTE))
         return {"codes": parts["codes"][..., cut], "levels": parts["levels"]}
 

@@ -238,7 +238,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"config.json is not valid JSON"):
         DFloat11Checkpoint.open(tmp_path / "empty")
     shutil.copy(tmp_path / "in" / "config.json", tmp_path / "empty")
-    with pytest.raises(CheckpointError, match=r"holds no tensors in \*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds files without any tensor"):
         DFloat11Checkpoint.open(tmp_path / "empty")
 
 
